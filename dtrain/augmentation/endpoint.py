@@ -21,22 +21,22 @@ FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFou
 
 
 @dataclass(frozen=True)
-class Usage:
+class TokenUsage:
     """Requests, prompt tokens and completion tokens."""
 
     requests: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
 
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(
+    def __add__(self, other: TokenUsage) -> TokenUsage:
+        return TokenUsage(
             self.requests + other.requests,
             self.tokens_in + other.tokens_in,
             self.tokens_out + other.tokens_out,
         )
 
-    def __sub__(self, other: Usage) -> Usage:
-        return self + Usage(-other.requests, -other.tokens_in, -other.tokens_out)
+    def __sub__(self, other: TokenUsage) -> TokenUsage:
+        return self + TokenUsage(-other.requests, -other.tokens_in, -other.tokens_out)
 
 
 class RequestError(Exception):
@@ -46,7 +46,7 @@ class RequestError(Exception):
         usage: what the failed request consumed.
     """
 
-    def __init__(self, message: str, usage: Usage) -> None:
+    def __init__(self, message: str, usage: TokenUsage) -> None:
         super().__init__(message)
         self.usage = usage
 
@@ -57,7 +57,7 @@ class Reply:
 
     text: str
     finish: str
-    usage: Usage
+    usage: TokenUsage
 
 
 class Endpoint:
@@ -90,10 +90,10 @@ class Endpoint:
             api_key=self._key, base_url=url, max_retries=MAX_RETRIES, timeout=TIMEOUT_SECONDS
         )
 
-    def max_usage(self, messages: Messages) -> Usage:
+    def max_usage(self, messages: Messages) -> TokenUsage:
         """The most that a request can consume: no token is shorter than a byte."""
         size = sum(len(message["content"].encode()) + 16 for message in messages)
-        return Usage(1, size + 64, self.max_tokens)
+        return TokenUsage(1, size + 64, self.max_tokens)
 
     async def complete(self, messages: Messages, seed: int) -> Reply:
         """Request a completion.
@@ -118,7 +118,7 @@ class Endpoint:
             fix = "check OPENAI_API_KEY, the model's name and the URL"
             raise UserError(self._error_message(error), where=self.url, fix=fix) from None
         except openai.OpenAIError as error:
-            raise RequestError(self._error_message(error), Usage(1)) from None
+            raise RequestError(self._error_message(error), TokenUsage(1)) from None
         except ValueError as error:  # no JSON, or no message in it; tokens may have been consumed
             raise RequestError(self._error_message(error), usage) from None
 
@@ -149,7 +149,7 @@ class Endpoint:
         await self._client.close()
 
 
-def _parse_reply(response: Any, usage: Usage) -> Reply:
+def _parse_reply(response: Any, usage: TokenUsage) -> Reply:
     """Servers differ in what they send, so every field is checked."""
     try:
         choice = response.choices[0]
@@ -162,12 +162,12 @@ def _parse_reply(response: Any, usage: Usage) -> Reply:
     return Reply(text, str(finish), usage)
 
 
-def _reported_usage(response: Any, max_usage: Usage) -> Usage:
+def _reported_usage(response: Any, max_usage: TokenUsage) -> TokenUsage:
     """The usage that the server reports; the maximum if it reports none."""
     reported = getattr(response, "usage", None)
     names = ("prompt_tokens", "completion_tokens")
     counts = [count for n in names if isinstance(count := getattr(reported, n, None), int)]
-    return Usage(1, *counts) if len(counts) == 2 and min(counts) >= 0 else max_usage
+    return TokenUsage(1, *counts) if len(counts) == 2 and min(counts) >= 0 else max_usage
 
 
 def _check_url(url: str, where: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.augmentation.endpoint import Endpoint, RequestError, Usage
+from dtrain.augmentation.endpoint import Endpoint, RequestError, TokenUsage
 from dtrain.core.errors import UserError
 from dtrain.core.files import write_all
 from dtrain.core.log import Meter
@@ -36,11 +36,11 @@ class SpendingLimits:
     prices: tuple[float, float] = (0.0, 0.0)
     per_minute: float | None = None
 
-    def price(self, usage: Usage) -> float:
+    def price(self, usage: TokenUsage) -> float:
         """The cost of some usage."""
         return (usage.tokens_in * self.prices[0] + usage.tokens_out * self.prices[1]) / 1e6
 
-    def allows(self, usage: Usage) -> bool:
+    def allows(self, usage: TokenUsage) -> bool:
         """Whether some usage is within the limits."""
         tokens = usage.tokens_in + usage.tokens_out
         return (
@@ -56,13 +56,13 @@ class Budget:
     A request starts only if its maximum fits, so no limit is ever exceeded.
     """
 
-    def __init__(self, limits: SpendingLimits, spent: Usage) -> None:
-        self.limits, self.spent, self.reserved = limits, spent, Usage()
+    def __init__(self, limits: SpendingLimits, spent: TokenUsage) -> None:
+        self.limits, self.spent, self.reserved = limits, spent, TokenUsage()
         self.exhausted = False
         self._changed = asyncio.Condition()
         self._next_start = 0.0
 
-    async def reserve(self, maximum: Usage) -> bool:
+    async def reserve(self, maximum: TokenUsage) -> bool:
         """Reserve the maximum of a request; False if it does not fit and never will."""
         async with self._changed:
             while not self.limits.allows(self.spent + self.reserved + maximum):
@@ -75,7 +75,7 @@ class Budget:
         await self._pace()
         return True
 
-    async def settle(self, maximum: Usage, actual: Usage) -> None:
+    async def settle(self, maximum: TokenUsage, actual: TokenUsage) -> None:
         """Replace the reservation of a finished request by what it consumed."""
         async with self._changed:
             self.reserved, self.spent = self.reserved - maximum, self.spent + actual
@@ -170,7 +170,7 @@ class RequestPool:
     def __init__(
         self, endpoint: Endpoint, limits: SpendingLimits, journal: Journal, meter: Meter
     ) -> None:
-        spent = sum((Usage(1, *line["tokens"]) for line in journal.lines()), Usage())
+        spent = sum((TokenUsage(1, *line["tokens"]) for line in journal.lines()), TokenUsage())
         self.endpoint, self.journal, self.meter = endpoint, journal, meter
         self.budget = Budget(limits, spent)
         self.failed = self._consecutive_failures = 0
@@ -190,7 +190,7 @@ class RequestPool:
 
     async def _send(self, request: Request) -> bool:
         """Send one request and record its reply; False if the limits allow no more."""
-        maximum, actual = self.endpoint.max_usage(request.messages), Usage(1)
+        maximum, actual = self.endpoint.max_usage(request.messages), TokenUsage(1)
         if not await self.budget.reserve(maximum):
             return False
         try:
@@ -204,7 +204,7 @@ class RequestPool:
             self.error = self.error or error
         except RequestError as error:
             actual = error.usage
-            if actual != Usage(1):
+            if actual != TokenUsage(1):
                 self.journal.write(self._journal_line(request, actual) | {"failed": str(error)})
             self._note_failure(f"{request.location}: {error}")
         finally:
@@ -220,6 +220,6 @@ class RequestPool:
             fix = "check the endpoint; the same command continues with the missing replies"
             self.error = UserError(message, where=self.endpoint.url, fix=fix)
 
-    def _journal_line(self, request: Request, usage: Usage) -> dict[str, Any]:
+    def _journal_line(self, request: Request, usage: TokenUsage) -> dict[str, Any]:
         key = dict(zip(self.journal.fields, request.key, strict=True))
         return key | {"location": request.location, "tokens": [usage.tokens_in, usage.tokens_out]}

@@ -47,7 +47,7 @@ def numbers(words: Iterable[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PassageMatch:
     """How much of a passage a text contains, and what the text says in its place.
 
     Attributes:
@@ -74,12 +74,12 @@ class Comparison:
         return self.numbers + self.words > MAX_VARIED_SHARE * self.content
 
 
-def compare(passage: Sequence[str], text: Sequence[str]) -> Comparison:
+def compare(passage: Sequence[str], text: Sequence[str]) -> PassageMatch:
     """Compare the tokens of a passage with those of a text that may contain it."""
     left_out, replaced = _unmatched(passage, text)
     words = sum(passage[at][0].isalpha() for at in replaced if passage[at] not in _FUNCTION_WORDS)
     kept_numbers = numbers(word for at, word in enumerate(passage) if at not in left_out)
-    return Comparison(
+    return PassageMatch(
         tokens=len(passage),
         kept=len(passage) - len(left_out) - len(replaced),
         content=len(content(passage)),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dtrain.data.duplicates import UInt64s, letters_and_digits, shingle_hashes
 from dtrain.data.text_checks import RowText
-from dtrain.data_quality.content_tokens import Comparison, compare, numbers, tokens
+from dtrain.data_quality.content_tokens import PassageMatch, compare, numbers, tokens
 
 NGRAM = 30  # characters of an alphabet, about six words; half as many in CJK scripts
 KEPT_ONE_IN = np.uint64(8)
@@ -152,7 +152,7 @@ def _copied_share(held_out: RowText, kind: Passage, asked: list[str], answered: 
         asks_other = other.share >= TEMPLATE_SHARE and other.numbers
         # The same answer without a number may be right for many questions of a template.
         return answer.share * (is_copy and (bool(numbers(held_answer)) or not asks_other))
-    whole = Comparison(*(a + b for a, b in zip(astuple(question), astuple(answer), strict=True)))
+    whole = PassageMatch(*(a + b for a, b in zip(astuple(question), astuple(answer), strict=True)))
     is_copy = whole.share >= MIN_ROW_SHARE and not (question.is_varied or answer.is_varied)
     return whole.share * is_copy
 

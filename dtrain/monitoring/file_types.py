@@ -51,7 +51,7 @@ class _Score(TypedDict, total=False):
     items: Blocks | None
 
 
-class Evaluation(TypedDict, total=False):
+class EvaluationFile(TypedDict, total=False):
     """The content of evaluation.json."""
 
     models: list[StageName] | None  # "base", then stages

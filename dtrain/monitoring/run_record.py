@@ -15,7 +15,7 @@ from dtrain.core.file_types import check_type
 from dtrain.core.files import parse_json, read_json_lines, read_text
 from dtrain.core.run_dir import EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
 from dtrain.monitoring.alerts import find_alerts
-from dtrain.monitoring.file_types import Evaluation, Lineage, Prediction, RecipeValues
+from dtrain.monitoring.file_types import EvaluationFile, Lineage, Prediction, RecipeValues
 from dtrain.monitoring.metrics import read_metrics
 from dtrain.monitoring.scores import MIN_CHANGE, ScoreRow, score_rows
 from dtrain.monitoring.starts import AttemptTimes, attempts_of, read_starts
@@ -194,7 +194,7 @@ def read_run(folder: Path) -> RunRecord:
     record, run = RunRecord(folder), RunDir(folder)
     record.recipe_text = _read_text(record, RECIPE)
     record.recipe = _parse(record, RECIPE, record.recipe_text, parse_value, RecipeValues)
-    for name, kind in ((LINEAGE, Lineage), (EVALUATION, Evaluation)):
+    for name, kind in ((LINEAGE, Lineage), (EVALUATION, EvaluationFile)):
         content = _parse(record, name, _read_text(record, name), parse_json, kind)
         setattr(record, name.removesuffix(".json"), content)
     names = [str(stage["name"]) for stage in record.stages] or list(record.artifacts)

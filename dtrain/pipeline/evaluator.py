@@ -20,7 +20,7 @@ from dtrain.engines.base import Engine
 from dtrain.evaluation.gates import check_gates
 from dtrain.evaluation.scorer import Scorer
 from dtrain.models.packing_probe import Layout
-from dtrain.monitoring.file_types import Evaluation
+from dtrain.monitoring.file_types import EvaluationFile
 from dtrain.monitoring.metrics import finite
 from dtrain.monitoring.scores import INPUTS, SCORES, adopt_scores, put_scores
 from dtrain.objectives.base import adapters_disabled, build_objective
@@ -56,7 +56,7 @@ class Evaluations:
             check_maximized(stage.train, objectives)
         fingerprints = {name: self._fingerprint(name) for name in sets}
         self.known: dict[str, Any] = {"models": [], "losses": {}, "sets": fingerprints}
-        known = read_json(self.path, Evaluation) if self.path.exists() else {}
+        known = read_json(self.path, EvaluationFile) if self.path.exists() else {}
         if known.get("sets") == fingerprints:  # other losses cannot be compared
             self.known = {k: v for k, v in known.items() if k not in (SCORES, INPUTS)}
         self.inputs = {name: hash for s in scorers for name, hash in s.inputs.items()}
@@ -77,7 +77,7 @@ class Evaluations:
         Args:
             path: its evaluation.json; other sets or rows are not comparable, and are ignored.
         """
-        known = read_json(path, Evaluation) if stages and path.exists() else {}
+        known = read_json(path, EvaluationFile) if stages and path.exists() else {}
         if self.known["models"] or known.get("sets") != self.known["sets"]:
             return
         kept = [model for model in known["models"] if model in (BASE, *stages)]

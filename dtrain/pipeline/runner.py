@@ -32,7 +32,7 @@ from dtrain.pipeline.stage_run import run_stage
 from dtrain.pipeline.teachers import TeacherModels
 from dtrain.recipes import shipped
 from dtrain.serving.model_card import write_stage_cards
-from dtrain.serving.run_models import Run
+from dtrain.serving.run_models import ServedRun
 from dtrain.training.preemption import StopFlag
 
 # It needs an extra.
@@ -83,7 +83,7 @@ def run_chain(
             if world.is_first:
                 write_lineage(run, recipe, inputs, done)
         if world.is_first:
-            write_cards(Run(run.absolute(), recipe), stage)
+            write_cards(ServedRun(run.absolute(), recipe), stage)
     finish(run, recipe, inputs, done, world)
     return True
 
@@ -213,7 +213,7 @@ def write_lineage(run: Path, recipe: Recipe, inputs: Inputs, done: list[StageRec
     write_json(RunDir(run).lineage, lineage)
 
 
-def write_cards(run: Run, stage: Stage) -> None:
+def write_cards(run: ServedRun, stage: Stage) -> None:
     """Write the model cards of a complete stage; a full disk does not end the run."""
     try:
         write_stage_cards(run, stage)

@@ -21,7 +21,7 @@ from dtrain.models.peft_format import (
     read_adapter_config,
     read_adapter_origin,
 )
-from dtrain.serving.run_models import Run, is_run, open_run
+from dtrain.serving.run_models import ServedRun, is_run, open_run
 
 LORA_DOWN = ".lora_A.weight"  # [r, in]
 COLUMNS = ("adapter", "stage", "method", "rank", "targets", "trains", "size", "base")
@@ -111,7 +111,7 @@ def list_adapters(address: Path) -> list[AdapterInfo]:
     return listed + [read_adapter(x) for x in folders if not any(x.is_relative_to(r) for r in runs)]
 
 
-def _of_run(run: Run) -> Iterator[AdapterInfo]:
+def _of_run(run: ServedRun) -> Iterator[AdapterInfo]:
     for stage in run.recipe.stages:
         if (run.adapter(stage) / CONFIG).is_file():
             yield read_adapter(run.adapter(stage), run.base_of(stage), stage.adapter_name)

@@ -16,7 +16,7 @@ from dtrain.core.lazy_import import LazyModule
 from dtrain.models.check_base import find_model
 from dtrain.models.peft_format import BOTTLENECK, CHAT_TEMPLATE, CONFIG, GENERATION
 from dtrain.serving.adapter_list import AdapterInfo, read_adapter
-from dtrain.serving.run_models import Run
+from dtrain.serving.run_models import ServedRun
 from dtrain.serving.vllm import command, max_rank, refusals
 
 auto_classes: Any = LazyModule("transformers.models.auto.modeling_auto")
@@ -56,7 +56,7 @@ def model_usage(folder: Path, stages: list[Stage], trusts_code: bool) -> Usage:
     return Usage(code, command(PLACEHOLDER, options), tuple(_stop_notes(folder)))
 
 
-def adapter_usage(run: Run, stage: Stage) -> Usage:
+def adapter_usage(run: ServedRun, stage: Stage) -> Usage:
     """How to use the adapter of a stage."""
     folder = run.adapter(stage)
     adapter = read_adapter(folder, run.base_of(stage), stage.adapter_name)

@@ -32,7 +32,7 @@ from dtrain.core.units import count, duration
 from dtrain.models.peft_format import CONFIG, read_adapter_config
 from dtrain.monitoring.run_record import RunRecord, describe_used, format_loss, read_run
 from dtrain.serving.card_usage import Usage, adapter_usage, model_usage
-from dtrain.serving.run_models import BASE, Run, open_run
+from dtrain.serving.run_models import BASE, ServedRun, open_run
 
 README = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -64,7 +64,7 @@ class BaseModel:
     codes: Sequence[str] = ()
 
 
-def write_stage_cards(run: Run, stage: Stage) -> None:
+def write_stage_cards(run: ServedRun, stage: Stage) -> None:
     """Write the cards of a complete stage's adapter and merged model, where there are none."""
     adapter, merged = run.adapter(stage), run.merged(stage)
     if adapter.parent.is_symlink():  # reused from another run, whose folder stays as it is
@@ -81,7 +81,7 @@ def write_card(folder: Path, card: str) -> None:
         write_atomic(folder / README, card)
 
 
-def adapter_card(run: Run, stage: Stage) -> str:
+def adapter_card(run: ServedRun, stage: Stage) -> str:
     """The card of a stage's adapter."""
     base, record = _run_base(run), read_run(run.folder)
     parent = run.recipe.parent_of(stage)
@@ -99,7 +99,7 @@ def adapter_card(run: Run, stage: Stage) -> str:
     return _render(header, title, summary, base, adapter_usage(run, stage), chain, record)
 
 
-def merged_card(run: Run, stage: Stage, folder: Path, checkpoint: str = "") -> str:
+def merged_card(run: ServedRun, stage: Stage, folder: Path, checkpoint: str = "") -> str:
     """The card of a stage's merged model.
 
     Args:
@@ -149,7 +149,7 @@ def combined_card(
     return _render(data, folder.name, summary, about, usage, [s for _, s in stages], record)
 
 
-def run_stage_of(result: Path) -> tuple[Run, Stage] | None:
+def run_stage_of(result: Path) -> tuple[ServedRun, Stage] | None:
     """The run and the stage whose adapter or merged model a folder is; None if it is no run's."""
     stage = result.absolute().parent
     if not ((stage / STAGE_RECORD).is_file() and (stage.parent / RECIPE).is_file()):
@@ -159,7 +159,7 @@ def run_stage_of(result: Path) -> tuple[Run, Stage] | None:
     return next(((run, each) for each in found), None)
 
 
-def measured_stage(base: Path, adapters: Sequence[Path]) -> tuple[Run, Stage] | None:
+def measured_stage(base: Path, adapters: Sequence[Path]) -> tuple[ServedRun, Stage] | None:
     """The stage of a run whose merged model a base and adapters, one after the other, make.
 
     None if they are not consecutive stages of one run on their own base.
@@ -207,7 +207,7 @@ def _codes_note(base: BaseModel) -> str:
     return f" The base is stored in {' and '.join(base.codes)}; this model is in bfloat16."
 
 
-def _run_base(run: Run) -> BaseModel:
+def _run_base(run: ServedRun) -> BaseModel:
     model = run.recipe.model
     base = _with_codes(base_model(model.base, Path(run.base)), Path(run.base))
     if model.tokens is None or base.hub is not None:
@@ -243,7 +243,7 @@ def _is_line(value: object) -> bool:
 
 
 def _header(
-    base: BaseModel, run: Run, stages: Sequence[Stage], library: str, relation: str
+    base: BaseModel, run: ServedRun, stages: Sequence[Stage], library: str, relation: str
 ) -> ModelCardData:
     artifacts = read_run(run.folder).artifacts
     sources = [s for stage in stages for s in artifacts.get(stage.name, {}).get("sources") or []]
@@ -260,13 +260,13 @@ def _header(
     )
 
 
-def _new_tokens(run: Run) -> str:
+def _new_tokens(run: ServedRun) -> str:
     tokens = run.recipe.model.tokens
     names = ", ".join(md(token) for token in tokens.words) if tokens else ""
     return f" New tokens: {names}." if tokens else ""
 
 
-def _chain(run: Run, stage: Stage) -> list[Stage]:
+def _chain(run: ServedRun, stage: Stage) -> list[Stage]:
     """The stages whose results a stage's model contains, the first one first."""
     parent = run.recipe.parent_of(stage)
     return [*(_chain(run, parent) if parent else []), stage]

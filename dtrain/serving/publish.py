@@ -29,7 +29,7 @@ from dtrain.models.peft_format import (
 )
 from dtrain.serving.card_usage import PLACEHOLDER
 from dtrain.serving.model_card import README, adapter_card, merged_card
-from dtrain.serving.run_models import Run, open_run
+from dtrain.serving.run_models import ServedRun, open_run
 
 ADAPTER_FILES = (WEIGHTS, CONFIG, CHAT_TEMPLATE, GENERATION, COMBINED, *NEW_TOKENIZER_FILES)
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -65,7 +65,7 @@ def find_result(address: Path, stage: str | None = None, *, adapter: bool = Fals
     return Result(address, kind is FolderKind.ADAPTER, _card(address))
 
 
-def _of_run(run: Run, name: str | None, adapter: bool) -> Result:
+def _of_run(run: ServedRun, name: str | None, adapter: bool) -> Result:
     names = [stage.name for stage in run.recipe.stages]
     if name is not None and name not in names:
         fix = f"one of {', '.join(names)}"
@@ -86,7 +86,7 @@ def _of_run(run: Run, name: str | None, adapter: bool) -> Result:
     return Result(merged, False, _card(merged) or merged_card(run, stage, merged))
 
 
-def _adapter_of(run: Run, stage: Stage, hashes: dict[str, str]) -> Result:
+def _adapter_of(run: ServedRun, stage: Stage, hashes: dict[str, str]) -> Result:
     folder = run.adapter(stage)
     if not (folder / CONFIG).is_file():
         message = f"stage {stage.name} has no adapter"

@@ -64,7 +64,7 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class Run:
+class ServedRun:
     """A run folder at its current path."""
 
     folder: Path
@@ -163,7 +163,7 @@ def is_run(address: str) -> bool:
     return folder_kind(user_path(address)) is FolderKind.RUN
 
 
-def open_run(folder: Path) -> Run:
+def open_run(folder: Path) -> ServedRun:
     """A run folder.
 
     Raises:
@@ -171,7 +171,7 @@ def open_run(folder: Path) -> Run:
     """
     run = RunDir(folder)
     run.check_exists()
-    return Run(folder.absolute(), load_recipe(str(run.recipe)))
+    return ServedRun(folder.absolute(), load_recipe(str(run.recipe)))
 
 
 def served_adapter(folder: Path, base: str | None = None, template: str = "auto") -> ServedModel:

@@ -18,7 +18,7 @@ from dtrain.core.hashes import fingerprint
 from dtrain.launching.commands import quote
 from dtrain.models.peft_format import CHAT_TEMPLATE, CONFIG, GENERATION
 from dtrain.serving.adapter_list import AdapterInfo, list_adapters
-from dtrain.serving.run_models import Run, trained_template
+from dtrain.serving.run_models import ServedRun, trained_template
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # --max-lora-rank takes no other
 # Settings of an adapter, and why vLLM does not serve it under them as it was trained.
@@ -36,7 +36,7 @@ REFUSED = {
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 
 
-def script(run: Run) -> str:
+def script(run: ServedRun) -> str:
     """Commands to choose from, with what there is to know before as comments."""
     commands = ["# Each command below is a server of its own; choose one.", *_merged(run)]
     for adapters in _groups(list_adapters(run.folder)):
@@ -46,7 +46,7 @@ def script(run: Run) -> str:
     return "\n\n".join(commands) + "\n"
 
 
-def _merged(run: Run) -> Iterator[str]:
+def _merged(run: ServedRun) -> Iterator[str]:
     for stage in reversed(run.recipe.stages):
         if run.has_merged(stage):
             model = str(run.merged(stage))
@@ -66,7 +66,7 @@ def _groups(adapters: list[AdapterInfo]) -> list[list[AdapterInfo]]:
     return list(groups.values())
 
 
-def _adapters(run: Run, adapters: list[AdapterInfo]) -> str:
+def _adapters(run: ServedRun, adapters: list[AdapterInfo]) -> str:
     base, quantized = adapters[0].base, adapters[0].origin.base_in_nf4
     taken = [adapter for adapter in adapters if not refusals(adapter)]
     names = [adapter.name for adapter in adapters]
@@ -143,7 +143,7 @@ def command(model: str, options: Sequence[tuple[str, ...]]) -> str:
     return " \\\n    ".join(lines)
 
 
-def _model_options(run: Run) -> list[tuple[str, ...]]:
+def _model_options(run: ServedRun) -> list[tuple[str, ...]]:
     """What the recipe says of the model: compute as in training, code."""
     dtype = "float32" if run.recipe.model.dtype == "float32" else "bfloat16"
     options: list[tuple[str, ...]] = [("--dtype", dtype)]
@@ -152,7 +152,7 @@ def _model_options(run: Run) -> list[tuple[str, ...]]:
     return options
 
 
-def _chat_options(run: Run, folders: Sequence[Path]) -> list[tuple[str, ...]]:
+def _chat_options(run: ServedRun, folders: Sequence[Path]) -> list[tuple[str, ...]]:
     """The chat template and the ends of an answer, where the model's own folder has others."""
     options: list[tuple[str, ...]] = []
     template = trained_template(folders, run.template)
@@ -176,7 +176,7 @@ def _template_file(path: Path) -> Path:
     return copy
 
 
-def _notes(run: Run, folders: Sequence[Path]) -> list[str]:
+def _notes(run: ServedRun, folders: Sequence[Path]) -> list[str]:
     notes = []
     if trained_template(folders, run.template) == "instruction":
         notes += [

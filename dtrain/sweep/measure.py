@@ -12,7 +12,7 @@ from dtrain.config.sweep import TRAINING
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
 from dtrain.core.run_dir import METRICS, RunDir
-from dtrain.monitoring.file_types import Evaluation
+from dtrain.monitoring.file_types import EvaluationFile
 from dtrain.monitoring.metrics import read_metrics
 from dtrain.monitoring.starts import attempts_of, read_starts
 from dtrain.sweep.record import Point
@@ -51,7 +51,7 @@ class Target:
         if self.evaluate_on == TRAINING:
             windows = list(_window_losses(read_metrics(run.stage(self.stage).metrics)))
             return windows[-1][1] if windows else None
-        losses = read_json(run.evaluation, Evaluation).get("losses") or {}
+        losses = read_json(run.evaluation, EvaluationFile).get("losses") or {}
         value = (losses.get(self.evaluate_on) or {}).get(self.stage)
         return float(value) if isinstance(value, int | float) else None
 

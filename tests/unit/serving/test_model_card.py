@@ -24,7 +24,7 @@ from dtrain.serving.model_card import (
     merged_card,
     write_stage_cards,
 )
-from dtrain.serving.run_models import Run
+from dtrain.serving.run_models import ServedRun
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (8, 8)}
 HOSTILE = "x`|[a](b)<script>\n---\n# *h*"
@@ -42,10 +42,10 @@ def test_cards_beside_the_results_of_a_run_are_outside_of_its_hashes(run: Path) 
     assert not verify_model(merged).problems
     assert "adapter/README.md" not in read_sealed(run / "task" / "stage.json")["files"]
     recipe = load_recipe(str(run / "recipe.yaml"))
-    write_stage_cards(Run(run, recipe), recipe.stages[1])
+    write_stage_cards(ServedRun(run, recipe), recipe.stages[1])
     assert (merged / "README.md").read_text() == "my own card\n"
     (merged / "README.md").unlink()  # a run of an older dtrain gets one
-    write_stage_cards(Run(run, recipe), recipe.stages[1])
+    write_stage_cards(ServedRun(run, recipe), recipe.stages[1])
     assert (merged / "README.md").read_text() == text
 
 
@@ -67,7 +67,7 @@ def test_card_names_the_new_tokens_and_the_base_that_they_were_added_to(
 ) -> None:
     base = tmp_path / "cache" / "bases" / "0123"
     overrides = ["model.base=/models/llama", "model.tokens.add=[<tool>]"]
-    run = Run(tmp_path / "run", load_recipe("tiny", overrides))
+    run = ServedRun(tmp_path / "run", load_recipe("tiny", overrides))
     make_adapter(run.adapter(run.recipe.stages[0]), LAYERS, 2, base_model_name_or_path=str(base))
     lineage = {"base": {"path": str(base)}}
     (run.folder / "lineage.json").write_text(json.dumps(lineage))
@@ -80,7 +80,7 @@ def test_card_names_the_new_tokens_and_the_base_that_they_were_added_to(
 
 
 @pytest.fixture
-def hostile(tmp_path: Path) -> Run:
+def hostile(tmp_path: Path) -> ServedRun:
     """A run whose names and paths try to leave their place in the card."""
     base = tmp_path / "home" / "alice" / "llama"
     base.mkdir(parents=True)
@@ -95,12 +95,12 @@ def hostile(tmp_path: Path) -> Run:
         "stages.task.data.template": "/home/alice/chat.jinja",
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    run = Run(tmp_path / "run", load_recipe("tiny", overrides))
+    run = ServedRun(tmp_path / "run", load_recipe("tiny", overrides))
     (run.folder / "task" / "merged").mkdir(parents=True)
     return run
 
 
-def test_card_escapes_names_and_hides_folders(hostile: Run) -> None:
+def test_card_escapes_names_and_hides_folders(hostile: ServedRun) -> None:
     card = merged_card(hostile, hostile.recipe.stages[1], hostile.folder / "task" / "merged")
     header = ModelCard(card)
     assert header.data.license == "llama3" and header.data.base_model is None
@@ -120,7 +120,7 @@ def test_base_with_an_odd_card_has_no_known_license(text: str, tmp_path: Path) -
     assert about.hub == "owner/name" and not about.license
 
 
-def test_license_link_and_file_of_the_base(hostile: Run) -> None:
+def test_license_link_and_file_of_the_base(hostile: ServedRun) -> None:
     base = Path(hostile.base)
     merged = hostile.folder / "task" / "merged"
     assert base_model("owner/llama", base).license["license_link"].startswith("https://")
