@@ -79,13 +79,17 @@ def _without_hooks(module: nn.Module) -> Iterator[None]:
 
 
 def _lengths(module: nn.Module, hidden_states: Tensor) -> Sequence[int]:
-    """Tokens of each document; when activations are recomputed, those of the pass before."""
+    """Tokens of each document; when activations are recomputed, those of the pass before.
+
+    Recomputation has a gradient. Without one it is generation, where a sequence is one document.
+    """
     lengths = known_document_lengths(hidden_states[..., 0])
+    if not torch.is_grad_enabled():
+        return lengths or (hidden_states.shape[1],)
     if lengths is None:
         lengths = getattr(module, LENGTHS, (hidden_states.shape[1],))
         assert sum(lengths) == hidden_states.shape[1], "recomputed with other documents"
-    elif torch.is_grad_enabled():
-        setattr(module, LENGTHS, lengths)
+    setattr(module, LENGTHS, lengths)
     return lengths
 
 

@@ -53,13 +53,13 @@ def start(work: Callable[[], Any], log: Path, environment: dict[str, str] | None
     pid = os.fork()
     if pid:
         return Child(pid, log)
-    os.environ.update(environment or {})
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     status = CRASHED
-    try:
+    try:  # a child never returns to the caller
+        os.environ.update(environment or {})
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         result = work()
         log.with_suffix(".result").write_bytes(pickle.dumps(result))
         status = result if isinstance(result, int) else 0

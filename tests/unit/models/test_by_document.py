@@ -67,6 +67,18 @@ def test_documents_are_computed_as_alone(model: Any, checkpointing: bool) -> Non
         torch.testing.assert_close(packed[name], values, rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_a_model_generates_after_a_training_step(model: Any) -> None:
+    plain = copy.deepcopy(model)
+    trained = freeze_for_training(model, schema.Model(base="here"))
+    gradients(trained, [ProbeSequence.of(DOCUMENTS)])
+    for tokens in (torch.arange(3, 43)[None], torch.tensor([[5, 6, 7], [9, 8, 7]])):
+        expected, found = (
+            m.eval().generate(tokens, max_new_tokens=3, do_sample=False, use_cache=True)
+            for m in (plain, trained)
+        )
+        assert torch.equal(found, expected)
+
+
 def test_dropout_of_an_adapter_is_that_of_the_whole_sequence() -> None:
     key = DropoutKey(seed=1, step=2, sequences=[7, 9], lengths=[30, 10])
     dropout = KeyedDropout(0.5, "layer", key).train()
