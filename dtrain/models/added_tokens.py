@@ -8,10 +8,12 @@ tokenizer's tokens are used first: only a token beyond the last row makes the ma
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrain.config.schema import Model
 from dtrain.config.tokens import Tokens
@@ -26,11 +28,19 @@ from dtrain.core.weight_files import INDEX, SINGLE, read_header, weight_files
 from dtrain.models.check_base import check_new
 from dtrain.models.hub import PATTERNS, base_folder
 from dtrain.models.load import read_config
+from dtrain.models.peft_format import GENERATION
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_difference
-from dtrain.models.vocabulary import NewRows, vocabulary_tensors, write_with_rows
+from dtrain.models.vocabulary import (
+    ROWS_KEY,
+    NewRows,
+    set_rows,
+    vocabulary_tensors,
+    write_with_rows,
+)
 
 WHERE = "model.tokens.add"
-VERSION = 1  # raise it whenever the same input gives another folder
+TOKEN_KEYS = ("_token_id", "_token_ids", "_token_index")  # of configs
+VERSION = 2  # raise it whenever the same input gives another folder
 
 
 def open_base(settings: Model) -> Path:
@@ -100,12 +110,20 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> list[int]:
     encoded with it, and decoding does not leave it out, as it leaves out special tokens.
 
     Raises:
-        UserError: it has one already, or does not encode one as a single token.
+        UserError: it has one already, does not encode one as a single token, or gives it the number
+            of another.
     """
-    check_new(tokens.words, tokenizer.get_vocab())
+    known = tokenizer.get_vocab()
+    check_new(tokens.words, known)
     rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     tokenizer.add_tokens([AddedToken(t, special=False, **rules) for t in tokens.words])
     ids = token_ids(tokenizer, tokens)
+    if taken := set(ids) & set(known.values()):
+        raise UserError(
+            f"the tokenizer gives a new token number {min(taken)}, which another token has",
+            where=WHERE,
+            fix="choose a base whose tokenizer numbers its tokens without gaps",
+        )
     for token, number in zip(tokens.words, ids, strict=True):
         encoded = tokenizer.encode(token, add_special_tokens=False)
         others = [x for x in encoded if x != number]  # a space in front of texts
@@ -131,6 +149,7 @@ def _build(folder: Path, base: Path, settings: Model, tokens: Tokens) -> None:
     starts = [_first_tokens(tokenizer, words, old_rows) for words in tokens.words.values()]
     known = sorted(set(tokenizer.get_vocab().values()))
     ids = add_tokens(tokenizer, tokens)
+    _check_unused(dict(zip(ids, tokens.words, strict=True)), base, config)
     rows = max(old_rows, max(ids) + 1)
     with atomic_folder(folder) as target:
         for path in _other_files(base):
@@ -146,6 +165,33 @@ def _build(folder: Path, base: Path, settings: Model, tokens: Tokens) -> None:
         f"the new tokens are numbers {min(ids)} to {max(ids)}; embeddings and output matrix have "
         f"{rows:,} rows, {change}"
     )
+
+
+def _check_unused(tokens: dict[int, str], base: Path, config: PretrainedConfig) -> None:
+    """Check that a base reads no number of a new token as another token, such as an image's.
+
+    The row of a padding token would not train, and generation would stop at one that ends a turn.
+    """
+    path = base / GENERATION
+    for group in (config.to_dict(), read_object(path) if path.is_file() else {}):
+        for key, number in _named_tokens(group):
+            if number in tokens:
+                raise UserError(
+                    f"the new token {tokens[number]!r} would get number {number}, which is the "
+                    f"{key} of the base and not in its tokenizer",
+                    where=WHERE,
+                    fix="choose a base whose tokenizer has every token that its config names",
+                )
+
+
+def _named_tokens(group: dict[Any, Any]) -> Iterator[tuple[str, int]]:
+    """The numbers of tokens that a config and the groups inside it name, with their keys."""
+    for key, value in group.items():
+        if isinstance(value, dict):
+            yield from _named_tokens(value)
+        elif str(key).endswith(TOKEN_KEYS):
+            numbers = value if isinstance(value, list) else [value]
+            yield from ((key, number) for number in numbers if isinstance(number, int))
 
 
 def _first_tokens(
@@ -178,9 +224,8 @@ def _write_config(target: Path, old_rows: int, rows: int) -> None:
     """Write the number of rows into a config, wherever it says the old one."""
     config = read_object(target / "config.json")
     groups = [config, *(v for v in config.values() if isinstance(v, dict))]
-    having = [group for group in groups if group.get("vocab_size") == old_rows]
-    for group in having or [config.get("text_config") or config]:
-        group["vocab_size"] = rows
+    if not any([set_rows(group, old_rows, rows) for group in groups]):
+        (config.get("text_config") or config)[ROWS_KEY] = rows
     write_json(target / "config.json", config)
 
 

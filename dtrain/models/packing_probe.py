@@ -14,7 +14,7 @@ None of this changes which token sees which. Letters: T tokens of a sequence, V 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -82,12 +82,15 @@ class UntrainableError(Exception):
     """The model cannot be trained; the message says why."""
 
 
-def probe_packing(config: PretrainedConfig, settings: schema.Model) -> Layout:
+def probe_packing(
+    config: PretrainedConfig, settings: schema.Model, new_tokens: Sequence[int] = ()
+) -> Layout:
     """Find out whether a model separates packed documents.
 
     Args:
         config: from `read_config`; not changed.
         settings: the recipe's `model` group.
+        new_tokens: numbers of the tokens that the run has added, of which the documents have some.
 
     Raises:
         UserError: it cannot be trained at all: it is not causal, or its code fails.
@@ -95,6 +98,8 @@ def probe_packing(config: PretrainedConfig, settings: schema.Model) -> Layout:
     vocabulary = min(TOKENS, config.get_text_config(decoder=True).vocab_size)
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(vocabulary, (n,), generator=generator) for n in DOCUMENTS]
+    if new_tokens:
+        documents[0][0], documents[1][0] = min(new_tokens), max(new_tokens)
     loops_are_on = native.is_enabled()
     for all_layers in (False, True):  # some models need all their layers
         try:

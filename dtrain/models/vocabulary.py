@@ -27,6 +27,7 @@ from dtrain.models.stored_tensors import (
 )
 
 WIDER = 64  # rows, to see which tensors have one for each token
+ROWS_KEY = "vocab_size"  # and what begins so: Gemma counts the rows of each of its embeddings
 BLOCK_BYTES = 1 << 24
 
 
@@ -53,15 +54,15 @@ def vocabulary_tensors(folder: Path, config: PretrainedConfig, trust_remote_code
     Raises:
         UserError: it has others than plain floats with a row for each token.
     """
-    wider = deepcopy(config)
-    wider.get_text_config(decoder=True).vocab_size += WIDER
+    wider, rows = deepcopy(config), config.get_text_config(decoder=True).vocab_size
+    set_rows(vars(wider.get_text_config(decoder=True)), rows, rows + WIDER)
     model = build_meta_model(config, trust_remote_code)
     entries = model.state_dict(keep_vars=True)
     larger = build_meta_model(wider, trust_remote_code).state_dict(keep_vars=True)
     tensors = ModelTensors(folder)
     stored = match_state_dict(model, tensors).stored
     names = {id(entries[entry]): name for entry, name in stored.items()}
-    found, rows = set[str](), config.get_text_config(decoder=True).vocab_size
+    found = set[str]()
     for entry, tensor in entries.items():
         shape = list(tensor.shape)
         if shape == list(larger[entry].shape):
@@ -71,6 +72,13 @@ def vocabulary_tensors(folder: Path, config: PretrainedConfig, trust_remote_code
             raise UserError(f"{entry} cannot get rows for new tokens", where=str(folder))
         found.add(name)
     return found
+
+
+def set_rows(settings: dict[str, Any], old: int, new: int) -> bool:
+    """Give a group of a config another number of tokens, wherever it has the old one."""
+    keys = [key for key, value in settings.items() if key.startswith(ROWS_KEY) and value == old]
+    settings.update(dict.fromkeys(keys, new))
+    return bool(keys)
 
 
 def _is_plain(tensor: StoredTensor | DecodedTensor, shape: list[int]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,9 +125,10 @@ def prepare_inputs(
     tasks = harness.load_tasks(settings, gates) if settings else None
     base, tokenizer, tokenizer_hash = _base_and_tokenizer(recipe)
     config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
-    layout = check_layout(recipe, config)
+    new_tokens = token_ids(tokenizer, recipe.model.tokens)
+    layout = check_layout(recipe, config, new_tokens)
     if verify:
-        check_stages(recipe, base, device, token_ids(tokenizer, recipe.model.tokens))
+        check_stages(recipe, base, device, new_tokens)
     base_fingerprint = model_fingerprint(base)
     prompts = prepare_prompts(recipe, tokenizer)  # seconds; the data may take hours
     datasets: dict[str, PackedDataset] = {}
@@ -206,7 +207,8 @@ def prepare_inputs_share(recipe: Recipe, share: WorkShare, processes: int | None
         UserError: base or data cannot be used.
     """
     base, tokenizer, tokenizer_hash = _base_and_tokenizer(recipe)
-    check_layout(recipe, read_config(base, trust_remote_code=recipe.model.trust_remote_code))
+    config = read_config(base, trust_remote_code=recipe.model.trust_remote_code)
+    check_layout(recipe, config, token_ids(tokenizer, recipe.model.tokens))
     ready = [
         prepare_share(
             group.data, group.spec, tokenizer, tokenizer_hash, store_folder(), share, processes
@@ -225,14 +227,19 @@ def _base_and_tokenizer(recipe: Recipe) -> tuple[Path, PreTrainedTokenizerBase, 
     return base, tokenizer, tokenizer_fingerprint(tokenizer)
 
 
-def check_layout(recipe: Recipe, config: PretrainedConfig) -> Layout:
+def check_layout(
+    recipe: Recipe, config: PretrainedConfig, new_tokens: Sequence[int] = ()
+) -> Layout:
     """Return how documents must go through the base, and check that the recipe allows it.
+
+    Args:
+        new_tokens: numbers of the tokens that the run has added.
 
     Raises:
         UserError: the recipe packs documents and the model would let them attend to each other, or
             the model cannot be trained.
     """
-    layout = probe_packing(config, recipe.model)
+    layout = probe_packing(config, recipe.model, new_tokens)
     packs = [f"{group.key}.packing" for group in _groups(recipe) if group.data.packing]
     if packs and not layout.packed:
         raise UserError(

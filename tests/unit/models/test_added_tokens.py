@@ -10,7 +10,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4TextConfig,
+    LlamaConfig,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+)
 
 from dtrain.config.schema import Model
 from dtrain.config.tokens import Tokens
@@ -78,6 +84,35 @@ def test_a_token_starts_at_the_mean_of_its_words(extend: Callable[..., Any]) -> 
     for before, after in zip(matrices(base), matrices(model), strict=True):
         mean = before[[4, 6, 6]].double().mean(0).to(torch.bfloat16)
         assert torch.equal(after[ids], torch.stack([mean, before[1]]))
+
+
+def test_embeddings_of_each_layer_get_rows_too(extend: Callable[..., Any]) -> None:
+    base, model, _, ids = extend(
+        ["<tool>", "<end>"],
+        10,
+        config=Gemma4TextConfig,
+        vocab_size_per_layer_input=10,
+        hidden_size_per_layer_input=4,
+        head_dim=4,
+        num_key_value_heads=2,
+    )
+    before, after = (x.model.embed_tokens_per_layer.weight for x in (base, model))
+    mean = before.double().mean(0).to(torch.bfloat16)
+    assert torch.equal(after, torch.cat([before, mean[None], mean[None]]))
+    assert model(input_ids=torch.tensor([[1, *ids]])).logits.shape == (1, 3, 12)
+
+
+@pytest.mark.parametrize("key", ["pad_token_id", "eos_token_id"])
+def test_a_number_that_the_base_names_is_refused(extend: Callable[..., Any], key: str) -> None:
+    with pytest.raises(UserError, match=f"'<end>' would get number 11, which is the {key}"):
+        extend(["<tool>", "<end>"], 16, **{key: 11})
+
+
+def test_a_number_that_another_token_has_is_refused() -> None:
+    rules = Tokenizer(models.WordLevel({"<unk>": 0, "a": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules)
+    with pytest.raises(UserError, match="gives a new token number 2, which another token has"):
+        add_tokens(tokenizer, Tokens(add=["<tool>"]))
 
 
 def test_one_matrix_stays_one(extend: Callable[..., Any]) -> None:

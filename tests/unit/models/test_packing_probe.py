@@ -143,6 +143,15 @@ def test_models_that_mix_documents_are_not_packed(name: str) -> None:
     assert packing_effect(build_model(config)) > 1e-3
 
 
+def test_new_tokens_that_the_model_cannot_read_are_refused() -> None:
+    layers = {"head_dim": 8, "hidden_size_per_layer_input": 8}
+    rows = {"vocab_size": 2000, "vocab_size_per_layer_input": 1500}
+    config = configured("gemma4_text", SMALL | layers | rows)
+    assert probe_packing(config, SETTINGS, [1400, 1499]).packed
+    with pytest.raises(UserError, match="its code fails: index out of range"):
+        probe_packing(config, SETTINGS, [1400, 1999])
+
+
 def test_probe_uses_the_recipes_attention() -> None:
     config = configured(*PACKED["llama"])
     for attention in ("sdpa", "eager"):
