@@ -80,26 +80,32 @@ class KeyedDropout(KeyedModule):
         return self.training and self.threshold > 0 and bool(self.key.lengths)
 
     def keep_mask(self, x: Tensor) -> Tensor:
-        """The elements of x [1, T, h] to keep, as bool."""
-        key, part, (batch, tokens, width) = self.key, self.key.part, x.shape
-        assert batch == 1, "sequences are concatenated, not stacked"
-        if part is None:
-            return self._draw_all(tokens, width, x.device)
-        if part.start == 0:
-            self._whole = self._draw_all(sum(key.lengths or ()), width, x.device)
-        assert self._whole is not None and part.stop - part.start == tokens
-        kept = self._whole[:, part]
-        if part.stop == self._whole.shape[1]:
-            self._whole = None
-        return kept.contiguous()
+        """The elements of x to keep, as bool.
 
-    def _draw_all(self, tokens: int, width: int, device: torch.device) -> Tensor:
-        """The mask [1, T, h] of all sequences."""
+        Args:
+            x: [1, T, h]; or [T, h], as Qwen's shared experts, or [1, 1, T, h], as DeepSeek's keys.
+        """
+        key, part = self.key, self.key.part
+        tokens = sum(key.lengths or ()) if part is None else part.stop - part.start
+        first = next((size for size in x.shape[:-1] if size > 1), 1)
+        assert tokens in (1, first), "the key is for another micro-batch"
+        width = x.numel() // tokens
+        if part is None:
+            return self._draw_all(width, x.device).view(x.shape)
+        if part.start == 0:
+            self._whole = self._draw_all(width, x.device)
+        assert self._whole is not None
+        kept = self._whole[part]
+        if part.stop == len(self._whole):
+            self._whole = None
+        return kept.contiguous().view(x.shape)
+
+    def _draw_all(self, width: int, device: torch.device) -> Tensor:
+        """The mask [T, h] of all sequences."""
         key = self.key
-        assert key.lengths and sum(key.lengths) == tokens, "the key is for another micro-batch"
-        kept = torch.empty(1, tokens, width, dtype=torch.bool, device=device)
-        parts = kept[0].split(key.lengths)
-        for sequence, part in zip(key.sequences, parts, strict=True):
+        assert key.lengths
+        kept = torch.empty(sum(key.lengths), width, dtype=torch.bool, device=device)
+        for sequence, part in zip(key.sequences, kept.split(key.lengths), strict=True):
             self._draw(part, sequence)
         return kept
 

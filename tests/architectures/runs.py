@@ -40,7 +40,7 @@ stages:
     train: &train {{global_batch_size: 4, steps: 3, learning_rate: 1.0e-2, warmup_ratio: 0.0}}
   - name: task
     kind: sft
-    method: {{kind: lora, r: 4, alpha: 8, dropout: 0.0}}
+    method: {{kind: lora, r: 4, alpha: 8, dropout: 0.1}}
     data:
       sequence_length: 128
       packing: {packing}

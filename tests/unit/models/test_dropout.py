@@ -31,6 +31,15 @@ def test_masks_do_not_depend_on_the_micro_batch() -> None:
     assert torch.equal(masks(layer(), [8, 7]), torch.cat([together[12:], together[:12]]))
 
 
+@pytest.mark.parametrize("shape", [(32, 16), (1, 1, 32, 16), (1, 32, 4, 4)])
+def test_masks_do_not_depend_on_how_a_layer_gets_the_tokens(shape: tuple[int, ...]) -> None:
+    """Qwen's shared experts get rows, the keys of DeepSeek another dimension."""
+    dropout = layer()
+    expected = masks(dropout, [7, 8])
+    output = dropout(torch.ones(shape))
+    assert output.shape == shape and torch.equal(output.reshape(32, 16), expected)
+
+
 def test_masks_do_not_depend_on_earlier_random_numbers() -> None:
     first = masks(layer(), [7])
     torch.rand(100)
