@@ -8,11 +8,13 @@ from typing import Any
 
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.core.cache_paths import computed_folder
+from dtrain.core.errors import UserError
 from dtrain.core.log import progress, say
 from dtrain.core.run_dir import read_merge_manifest
 from dtrain.data.loader import Loader
 from dtrain.distributed.tensor_utils import free_memory
 from dtrain.engines.base import Engine
+from dtrain.models.expert_layers import routers
 from dtrain.objectives.base import Objective, StageContext, adapters_disabled
 from dtrain.pipeline.stage_model import build_model_in_engine
 from dtrain.pipeline.stage_record import StageSetup
@@ -68,6 +70,9 @@ def build_starting_model(
 
     Returns:
         As `build_model_in_engine`; None if a rank was asked to stop.
+
+    Raises:
+        UserError: as `build_model_in_engine`, or the checkpoint does not fit the model.
     """
     objectives = [objective, *held_out]
     lacking = [o for o in objectives if o.stored is not None and len(o.stored.missing())]
@@ -78,9 +83,23 @@ def build_starting_model(
         setup.teachers.release()  # objectives that need one in every step hold it themselves
     objective.begin_training(engine)
     if checkpoint is not None:
+        _check_routers(checkpoint, setup, engine)
         engine.load(checkpoint)
     free_memory()
     return engine, parameters
+
+
+def _check_routers(checkpoint: Checkpoint, setup: StageSetup, engine: Engine) -> None:
+    """Check that a checkpoint has no routers if these are frozen; once they always trained."""
+    starts = tuple(f"{name}." for name in routers(engine.module))
+    if starts and not setup.stage.method.trains_router:
+        trained = [name for name in checkpoint.names if name.startswith(starts)]
+        if trained:
+            raise UserError(
+                f"an older dtrain trained the routers too ({trained[0]}), which stay frozen now",
+                where=str(checkpoint.folder),
+                fix="finish the run with that version, or start again with --fresh",
+            )
 
 
 def compute_stored(setup: StageSetup, engine: Engine, objective: Objective) -> bool:

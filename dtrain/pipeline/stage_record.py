@@ -189,12 +189,11 @@ def stage_record(
 ) -> StageRecord:
     """The record of a stage whose base is the artifact with identity `parent`."""
     # The data's fingerprint covers what is read, and from where.
-    settings = stage.model_dump(mode="json", exclude={"data": {"sources", "replay"}})
+    folder = RunDir(run).stage(stage.name).path
+    settings = _settings(stage, _recorded_inputs(recipe, folder))
     # In strict mode a micro-batch is the unit of the sums' fixed order.
     for key in FREE_KEYS if recipe.determinism == "off" else FREE_KEYS[1:]:
-        settings["train"].pop(key)
-    if not stage.method.trains_router:  # as runs that started before there was this key
-        settings["method"].pop("router", None)
+        settings["train"].pop(key, None)
     settings["data"]["template"] = Path(stage.data.template).name  # its text is in the content
     settings["data"]["loss_weights"] = stage.data.loss_weights
     settings["data"]["content"] = inputs.stages[stage.name].fingerprint
@@ -216,7 +215,44 @@ def stage_record(
     watched = watched_set(stage.train, inputs.sets)
     if recipe.output.use == "best" and watched is not None:
         stage_inputs["output"]["watched"] = inputs.sets[watched].fingerprint
-    return StageRecord(RunDir(run).stage(stage.name).path, stage_inputs)
+    return StageRecord(folder, stage_inputs)
+
+
+def _settings(stage: Stage, recorded: Any) -> dict[str, Any]:
+    """A stage's keys; those that its record lacks only if they have another value than by default.
+
+    An older dtrain did not have them, and did what they say by default.
+
+    Args:
+        recorded: the inputs in the stage's record.
+    """
+    excluded: Any = {"data": {"sources", "replay"}}
+    chosen = stage.model_dump(mode="json", exclude=excluded, exclude_defaults=True)
+    settings: dict[str, Any] = _without_new_defaults(
+        stage.model_dump(mode="json", exclude=excluded), chosen, recorded
+    )
+    return settings
+
+
+def _without_new_defaults(now: Any, chosen: Any, recorded: Any) -> Any:
+    if isinstance(now, list) and isinstance(recorded, list) and len(now) == len(recorded):
+        chosen = chosen or now
+        return [_without_new_defaults(*item) for item in zip(now, chosen, recorded, strict=True)]
+    if not isinstance(now, dict) or not isinstance(recorded, dict):
+        return now
+    return {
+        key: _without_new_defaults(value, (chosen or {}).get(key), recorded.get(key))
+        for key, value in now.items()
+        if key in recorded or key in (chosen or {})
+    }
+
+
+def _recorded_inputs(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    """The inputs in the record of a stage, or of the finished stage that it may be taken from."""
+    record = StageRecord(folder, {}).read()
+    if record is None and recipe.output.reuse is not None:
+        record = StageRecord(RunDir(Path(recipe.output.reuse)).stage(folder.name).path, {}).read()
+    return record["inputs"] if record else None
 
 
 def _adapter_content(address: str) -> str:
