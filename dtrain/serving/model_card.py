@@ -92,7 +92,7 @@ def adapter_card(run: ServedRun, stage: Stage) -> str:
         )
     if stage.method.traits.quantizes_base:
         summary += ", which was in NF4 while it was trained"
-    header = _header(base, run, [stage], "peft", "adapter")
+    header = _header(base, record, [stage], "peft", "adapter")
     title = f"{run.recipe.name} {stage.name}"
     chain = _chain(run, stage)
     summary = f"{summary}.{_new_tokens(run)}"
@@ -108,13 +108,13 @@ def merged_card(run: ServedRun, stage: Stage, folder: Path, checkpoint: str = ""
     """
     base, record, chain = _run_base(run), read_run(run.folder), _chain(run, stage)
     base = _with_license_file(base, folder)
+    header = _header(base, record, chain, "transformers", "finetune")
     stages = "stage" if len(chain) == 1 else "stages"
     summary = f"{_link(base)}, fine-tuned in {len(chain)} {stages}.{_codes_note(base)}"
     summary += _new_tokens(run)
     if checkpoint:
         summary += f" The last stage is at its checkpoint {md(checkpoint)}, which was not measured."
         record = replace(record, evaluation={}, lineage={})
-    header = _header(base, run, chain, "transformers", "finetune")
     usage = model_usage(folder, chain, run.recipe.model.trust_remote_code)
     return _render(header, run.recipe.name, summary, base, usage, chain, record)
 
@@ -243,10 +243,10 @@ def _is_line(value: object) -> bool:
 
 
 def _header(
-    base: BaseModel, run: ServedRun, stages: Sequence[Stage], library: str, relation: str
+    base: BaseModel, record: RunRecord, stages: Sequence[Stage], library: str, relation: str
 ) -> ModelCardData:
-    artifacts = read_run(run.folder).artifacts
-    sources = [s for stage in stages for s in artifacts.get(stage.name, {}).get("sources") or []]
+    facts = [record.artifacts.get(stage.name, {}) for stage in stages]
+    sources = [source for artifact in facts for source in artifact.get("sources") or []]
     datasets = sorted({str(source["name"]) for source in sources if source.get("on_hub")})
     kinds = [kind for stage in stages for kind in (stage.kind, stage.method.kind)]
     return ModelCardData(
