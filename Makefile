@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	&& echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-lowest quickstart test test-lowest test-gpu sweep check bench
+.PHONY: help install quickstart test test-lowest test-gpu sweep check bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,14 +22,14 @@ install: $(INSTALLED) ## create .venv with dtrain and its dependencies
 quickstart: $(INSTALLED) ## install, then train a real model in two stages (about five minutes)
 	$(BIN)/dtrain run quickstart
 
-# One file per core; a distributed test waits for its slowest rank most of the time.
+# One file per core; a distributed test waits for its slowest rank most of the time. The longest test,
+# of architectures, starts first: xdist itself would begin with the files of most tests.
 test: export OMP_NUM_THREADS = 1
 test: $(INSTALLED) ## install, then run all tests that need no GPU
 	$(BIN)/pytest -q -n 2 --dist loadfile tests/unit tests/gpu
-	$(BIN)/pytest -q -n 2 --dist loadfile tests/distributed tests/integration tests/architectures
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+		tests/architectures tests/integration tests/distributed
 	$(BIN)/pytest -q -n 2 --dist worksteal tests/slurm
-
-install-lowest: $(LOWEST)/.installed
 
 test-lowest: export OMP_NUM_THREADS = 1
 test-lowest: $(LOWEST)/.installed ## golden losses with the oldest allowed libraries and a newer torch
