@@ -24,7 +24,7 @@ from dtrain.planning.parameters import outer_parameters
 from dtrain.planning.shapes import ModelShape
 from dtrain.planning.speed import flops_per_token
 from dtrain.planning.workload import Workload
-from dtrain.simulation.__main__ import describe
+from dtrain.simulation.child import describe
 from dtrain.simulation.model_shape import describe_model
 
 SMALL = {
