@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -23,6 +24,15 @@ os.environ["MPLBACKEND"] = "Agg"
 # The same examples every time, and no time limit on a busy machine.
 settings.register_profile("dtrain", deadline=None, derandomize=True, database=None)
 settings.load_profile("dtrain")
+gc.disable()  # until all is imported
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Collections of garbage do not visit what was imported: else each of them takes a second."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -82,6 +82,7 @@ def test_started_by_accelerate(run_tiny):
     """With fsdp2: accelerate itself would run ddp on CPUs, and not say so."""
     file = ROOT / "launch" / "accelerate" / "fsdp2.yaml"
     launcher = [*LAUNCHERS["accelerate"], str(file), "--num_processes", "2"]
+    launcher += ["--main_process_port", free_port()]
     run = run_tiny(launcher=launcher, evaluates=False)
     run.assert_golden("lora")
     assert run.json("lineage.json")["artifacts"][0]["engine"] == "fsdp2"
@@ -93,9 +94,11 @@ def test_accelerate_hands_its_engine_to_the_ranks(engine, tmp_path):
     worker.write_text(
         "import os\n"
         "from dtrain.launching.accelerate_env import resolve_engine\n"
-        "print('ENGINE', resolve_engine('auto', os.environ), os.environ['WORLD_SIZE'])\n"
+        "words = 'ENGINE', resolve_engine('auto', os.environ), os.environ['WORLD_SIZE']\n"
+        "os.write(1, (' '.join(words) + '\\n').encode())\n"  # in one piece: the ranks share a pipe
     )
-    command = [*LAUNCHERS["accelerate"], str(file), "--num_processes", "2", str(worker)]
+    command = [*LAUNCHERS["accelerate"], str(file), "--num_processes", "2"]
+    command += ["--main_process_port", free_port(), str(worker)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("ENGINE")]
     assert lines == [f"ENGINE {engine} 2"] * 2
