@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
@@ -139,6 +140,13 @@ def _has_a_row_for_each(module: nn.Module, experts: int) -> bool:
         if getattr(layer, "out_features", len(weight)) == experts:  # a weight may be packed
             return True
     return False
+
+
+def count_choices(chosen: Tensor, experts: int) -> Tensor:
+    """How often each of E experts is chosen, [E], without waiting for the device."""
+    # A GPU counts integers in a fixed order; a CPU has only floats.
+    dtype = torch.float32 if chosen.device.type == "cpu" else torch.int32
+    return torch.histc(chosen.flatten().to(dtype), bins=experts, min=0, max=experts)
 
 
 def fix_routers(model: nn.Module) -> None:

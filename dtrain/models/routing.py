@@ -23,7 +23,12 @@ import torch
 from torch import Tensor, nn
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
-from dtrain.models.expert_layers import is_batched, is_experts, recorded_routers
+from dtrain.models.expert_layers import (
+    count_choices,
+    is_batched,
+    is_experts,
+    recorded_routers,
+)
 from dtrain.models.kernels.same_program import same_program
 from dtrain.models.loss import transformers_model
 
@@ -104,13 +109,6 @@ class LoadBalance:
 def _setting(model: Any, name: str) -> float:
     """A number that a model keeps for its loss, or has in its config; 0 without it."""
     return getattr(model, name, None) or getattr(model.config.get_text_config(), name, None) or 0
-
-
-def count_choices(chosen: Tensor, experts: int) -> Tensor:
-    """How often each of E experts is chosen, [E], without waiting for the device."""
-    # A GPU counts integers in a fixed order; a CPU has only floats.
-    dtype = torch.float32 if chosen.device.type == "cpu" else torch.int32
-    return torch.histc(chosen.flatten().to(dtype), bins=experts, min=0, max=experts)
 
 
 class ExpertLoad:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import bitsandbytes.nn.modules as bnb_modules
@@ -66,8 +67,9 @@ def patch_value_readers(sequence_length: int) -> None:
 class _OneGroup(experts.Groups):
     """The rows of all experts in one product, as the kernel of a GPU computes them."""
 
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        yield 0, slice(0, len(self.order))
+    @cached_property
+    def spans(self) -> list[tuple[int, slice]]:
+        return [(0, slice(0, len(self.order)))]
 
 
 def _one_group(index: Tensor, count: int) -> experts.Groups:

@@ -16,9 +16,9 @@ input and output, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dtrain.models.expert_layers import (
+    count_choices,
     has_transposed_matrices,
     is_batched,
     is_experts,
@@ -38,6 +39,7 @@ from dtrain.models.expert_nf4 import ExpertStates, expert_states, holds_nf4
 
 NAME = "routed"  # of the implementation, in transformers' registry
 WRAPPERS = "lora_wrappers"  # attribute of an experts module: parameter → PEFT's wrapper
+ALIGNED_BYTES = 16  # of the rows that torch's grouped product reads
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,12 @@ class Groups:
         """Token of each sorted row, [S]."""
         return self.order // self.choices
 
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        """Each expert that has rows, and its rows; waits for the device."""
-        start = 0
-        for expert, end in enumerate(self.ends.tolist()):
-            if end > start:
-                yield expert, slice(start, end)
-            start = end
+    @cached_property
+    def spans(self) -> list[tuple[int, slice]]:
+        """Each expert that has rows, and its rows; the first use waits for the device."""
+        ends = self.ends.tolist()
+        pairs = enumerate(pairwise([0, *ends]))
+        return [(expert, slice(start, end)) for expert, (start, end) in pairs if end > start]
 
     def spread(self, values: Tensor, count: int) -> Tensor:
         """[S, h] → [count, h] with the rows at their positions, and zeros elsewhere."""
@@ -81,7 +82,7 @@ def group_by_expert(index: Tensor, experts: int) -> Groups:
     """Sort the choices [T, k] of all tokens by expert."""
     flat = index.reshape(-1)
     order = torch.sort(flat, stable=True).indices
-    counts = torch.bincount(flat, minlength=experts)
+    counts = count_choices(flat, experts)  # bincount would wait for the device
     return Groups(order, counts.cumsum(0, dtype=torch.int32), index.shape[-1])
 
 
@@ -184,7 +185,7 @@ class _Grouped(torch.autograd.Function):
         y = base.multiply(x, groups, forward=True)
         small = []
         if ab:
-            a, b = (factor.to(x.dtype).transpose(1, 2) for factor in ab)
+            a, b = (_dense(factor, x.dtype).transpose(1, 2) for factor in ab)
             small = [grouped_mm(x, a, groups)]
             y += grouped_mm(small[0], b, groups).mul_(scale)
         ctx.base, ctx.scale, ctx.groups, ctx.ab = base, scale, groups, ab
@@ -200,11 +201,11 @@ class _Grouped(torch.autograd.Function):
         dw, dab = None, list[Tensor]()
         if small:
             a, b = ctx.ab
-            inner = grouped_mm(dy, b.to(dy.dtype), groups).mul_(ctx.scale)
+            inner = grouped_mm(dy, _dense(b, dy.dtype), groups).mul_(ctx.scale)
             db = grouped_outer(dy, small[0], groups, b).mul_(ctx.scale)
             dab = [grouped_outer(inner, x, groups, a), db]
             if dx is not None:
-                dx += grouped_mm(inner, a.to(dy.dtype), groups)
+                dx += grouped_mm(inner, _dense(a, dy.dtype), groups)
         if ctx.needs_input_grad[4]:
             left, right = (x, dy) if base.transposed else (dy, x)
             dw = grouped_outer(left, right, groups, weight)
@@ -233,7 +234,7 @@ class ExpertWeights:
             return grouped_mm(x, weight.transpose(1, 2) if swaps else weight, groups)
         width = self.states.shape[1] if swaps else self.states.shape[2]
         y = x.new_empty(len(x), width)
-        for expert, rows in groups.spans():
+        for expert, rows in groups.spans:
             matrix = self.states.matrix(self.weight, expert).to(x.dtype)
             torch.mm(x[rows], matrix.t() if swaps else matrix, out=y[rows])
         return y
@@ -241,33 +242,49 @@ class ExpertWeights:
 
 def grouped_mm(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
     """Multiply each row with the matrix of its expert: [S, h] x [E, h, o] → [S, o]."""
-    if _runs_grouped(x):
+    if _runs_grouped(x, matrices):
         result: Tensor = functional.grouped_mm(x, matrices, offs=groups.ends)
         return result
     y = x.new_empty(len(x), matrices.shape[2])
-    for expert, rows in groups.spans():
+    for expert, rows in groups.spans:
         torch.mm(x[rows], matrices[expert], out=y[rows])
     return y
 
 
 def grouped_outer(left: Tensor, right: Tensor, groups: Groups, like: Tensor) -> Tensor:
     """Sum leftᵀ right over the rows of each expert: [S, o], [S, h] → [E, o, h] in like's dtype."""
-    if _runs_grouped(left):
+    if _runs_grouped(left, right):
         product: Tensor = functional.grouped_mm(left.t(), right, offs=groups.ends)
         return product.to(like.dtype)
     total = torch.zeros(like.shape, dtype=like.dtype, device=left.device)
-    for expert, rows in groups.spans():
+    for expert, rows in groups.spans:
         total[expert] = left[rows].t() @ right[rows]
     return total
 
 
-def _runs_grouped(x: Tensor) -> bool:
-    """Whether one kernel computes all groups; torch's needs 16-byte rows, from Ampere on."""
+def _dense(factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """A or B of all experts in a dtype, row after row: B's columns alternate between experts."""
+    return factors.to(dtype).contiguous()
+
+
+def _runs_grouped(*operands: Tensor) -> bool:
+    """Whether one kernel computes all groups: torch's takes aligned tensors in bfloat16."""
+    return _has_grouped_kernel(operands[0].device) and all(map(_is_aligned, operands))
+
+
+@cache
+def _has_grouped_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _is_aligned(operand: Tensor) -> bool:
+    """Whether rows, or columns, are dense and begin at multiples of 16 bytes."""
+    *_, row, column = operand.stride()
+    step = row if column == 1 else column if row == 1 else 1
     return (
-        x.device.type == "cuda"
-        and x.dtype == torch.bfloat16
-        and x.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        operand.dtype == torch.bfloat16
+        and step * operand.element_size() % ALIGNED_BYTES == 0
+        and operand.data_ptr() % ALIGNED_BYTES == 0
     )
 
 

@@ -30,6 +30,7 @@ from dtrain.models import expert_layers
 from dtrain.models.check_base import open_model
 from dtrain.models.expert_layers import expert_parameters
 from dtrain.models.expert_nf4 import expert_states
+from dtrain.models.kernels import experts
 from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.load import load_base, read_config
 from dtrain.models.packing_probe import probe_packing
@@ -166,6 +167,33 @@ def test_routed_experts_compute_what_peft_does(write: Callable, kind: str) -> No
     for name, parameter in trained.items():
         assert wanted[name].grad.abs().max() > 0
         torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("rank", [8, 4])
+def test_the_grouped_product_of_gpus_takes_what_it_is_given(
+    write: Callable, kind: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch checks on a CPU, too, that operands are laid out as the kernel of a GPU reads them."""
+    _, model = adapted(write(kind), r=rank)
+    patch_modules(model.bfloat16())
+    results, shapes = [], set()
+
+    def counted(x: Tensor, matrices: Tensor, **more: Any) -> Tensor:
+        shapes.add((x.dim(), matrices.dim()))
+        return torch.nn.functional.grouped_mm(x, matrices, **more)
+
+    monkeypatch.setattr(experts, "functional", SimpleNamespace(grouped_mm=counted))
+    for has_kernel in (False, True):
+        monkeypatch.setattr(experts, "_has_grouped_kernel", lambda device, has=has_kernel: has)
+        model.zero_grad()
+        output = logits(model)
+        output.float().square().mean().backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        results.append([output.detach(), *gradients])
+    assert shapes == {(2, 3), (2, 2)}
+    for separate, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, separate, rtol=2e-2, atol=2e-2)
 
 
 def test_ten_steps_have_the_losses_of_pefts_target_parameters(write: Callable) -> None:

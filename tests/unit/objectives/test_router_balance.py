@@ -15,8 +15,9 @@ from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import UserError
 from dtrain.data.loader import NO_SEQUENCE, MicroBatch
 from dtrain.methods.base import build_method
+from dtrain.models.expert_layers import count_choices
 from dtrain.models.kernels.patch import patch_modules
-from dtrain.models.routing import ExpertLoad, LoadBalance, count_choices
+from dtrain.models.routing import ExpertLoad, LoadBalance
 from dtrain.objectives.base import Objective
 from dtrain.objectives.causal_lm import ContinuedPretraining
 from dtrain.objectives.regularizers.router_balance import RouterBalance
