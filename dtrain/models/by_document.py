@@ -22,16 +22,32 @@ from transformers import PreTrainedModel
 
 from dtrain.models.attention import known_document_lengths
 from dtrain.models.dropout import shared_key
+from dtrain.models.meta_model import using_packages
 
 KEEPS_STATE = "set_linear_cache"  # method of transformers' caches, called by such layers
 LENGTHS = "document_lengths"  # attribute: those of a layer's last training pass
+# What `loss` passes to flash attention: documents of the whole sequence.
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def separate_states(model: nn.Module) -> None:
-    """Let every layer with a state compute documents one by one."""
+    """Let every layer with a state compute documents one by one, in evaluation mode.
+
+    In training mode mamba-ssm's kernels multiply with the weights of linear layers without calling
+    them: an adapter would have no effect, and a weight in NF4 would be taken for numbers.
+    """
     for module in list(model.modules()):
         if has_state(module):
             module.forward = partial(_each_document, module, module.forward)
+            module.training = False
+            module.train = partial(_train_inside, module)  # type: ignore[method-assign]
+
+
+def _train_inside(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Replaces `train` of a layer with a state: sets the mode of the layers inside of it."""
+    for child in module.children():
+        child.train(mode)
+    return module
 
 
 def has_state(module: nn.Module) -> bool:
@@ -49,8 +65,9 @@ def _each_document(
     module: nn.Module, forward: Callable[..., Any], hidden_states: Tensor, *rest: Any, **more: Any
 ) -> Any:
     lengths = _lengths(module, hidden_states)
+    more = {name: value for name, value in more.items() if name not in BOUNDARIES}
     outputs, key = [], shared_key(module)
-    with _without_hooks(module):
+    with _without_hooks(module), using_packages(on=_is_on_gpu(hidden_states)):
         for start, stop in pairwise(accumulate(lengths, initial=0)):
             key.part = slice(start, stop)
             cut = partial(_cut, key.part, sum(lengths))
@@ -76,6 +93,10 @@ def _without_hooks(module: nn.Module) -> Iterator[None]:
     finally:
         for child, (before, after) in zip(inner, hooks, strict=True):
             child._forward_pre_hooks, child._forward_hooks = before, after
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _lengths(module: nn.Module, hidden_states: Tensor) -> Sequence[int]:

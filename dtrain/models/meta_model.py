@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from copy import deepcopy
 from typing import Any, ClassVar, NoReturn
 
@@ -17,6 +18,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import hub_kernels
 from transformers.pytorch_utils import Conv1D
 
 from dtrain.core.errors import UserError
@@ -32,6 +34,32 @@ def auto_class(config: PretrainedConfig) -> Any:
     """
     is_multimodal = type(config) in AutoModelForMultimodalLM._model_mapping
     return AutoModelForMultimodalLM if is_multimodal else AutoModelForCausalLM
+
+
+_uses_packages: ContextVar[bool] = ContextVar("uses_packages", default=False)
+_is_exporting: Callable[[], bool] = getattr(hub_kernels, "is_torchdynamo_exporting", lambda: False)
+
+
+@contextmanager
+def using_packages(*, on: bool) -> Iterator[None]:
+    """Let layers with a state call flash-linear-attention, causal-conv1d and mamba-ssm, or torch.
+
+    transformers calls these packages where they are installed, but they compute on a GPU only. So
+    outside of this layers call torch's functions: on the meta device, and in the packing probe.
+    """
+    token = _uses_packages.set(on)
+    try:
+        yield
+    finally:
+        _uses_packages.reset(token)
+
+
+def _calls_torch() -> bool:
+    """Replaces what transformers asks before it calls another package instead of torch."""
+    return not _uses_packages.get() or _is_exporting()
+
+
+hub_kernels.is_torchdynamo_exporting = _calls_torch
 
 
 def build_meta_model(

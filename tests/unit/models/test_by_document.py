@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import use_kernel_func_from_hub_with_fallback
 
 from dtrain.config import schema
-from dtrain.models.by_document import has_state
+from dtrain.models import by_document
+from dtrain.models.by_document import has_state, separate_states
 from dtrain.models.dropout import DropoutKey, KeyedDropout
 from dtrain.models.load import freeze_for_training, silence_transformers
 from dtrain.models.loss import target_logits
@@ -77,6 +81,65 @@ def test_a_model_generates_after_a_training_step(model: Any) -> None:
             for m in (plain, trained)
         )
         assert torch.equal(found, expected)
+
+
+def test_documents_of_the_whole_sequence_do_not_reach_a_layer_with_a_state(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With flash attention a model gets them, and passes them on to all of its layers."""
+    sequence = ProbeSequence.of(DOCUMENTS)
+    freeze_for_training(model, schema.Model(base="here"))
+    expected = target_logits(model, sequence)
+    boundaries = torch.tensor([0, 14, 35, 40], dtype=torch.int32)
+    passed = dict(zip(by_document.BOUNDARIES, (boundaries, boundaries, 21, 21), strict=True))
+    monkeypatch.setattr("dtrain.models.loss._flash_arguments", lambda *_: passed)
+    assert torch.equal(target_logits(model, sequence), expected)
+
+
+class Convolved(nn.Module):
+    """A layer that calls a function which another package may replace."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, padding=2, groups=4)
+        self.out = nn.Linear(4, 4)
+        self.function = function
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = self.function(hidden_states.transpose(1, 2), self.conv)
+        return self.out(x[..., : hidden_states.shape[1]].transpose(1, 2))
+
+
+def test_functions_of_gpu_packages_are_called_on_a_gpu_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called = []
+    package = types.ModuleType("kernels_of_a_package")
+    package.convolve = lambda x, layer: called.append(x.shape[-1]) or layer(x)  # type: ignore
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+
+    @use_kernel_func_from_hub_with_fallback("convolve", package.__name__)
+    def convolve(x: Tensor, layer: nn.Module) -> Tensor:
+        return layer(x)
+
+    layer, x = Convolved(convolve), torch.randn(1, 7, 4)
+    convolve(x.transpose(1, 2), layer.conv)
+    separate_states(layer)
+    expected = layer(x)
+    assert not called, "a CPU computes with a GPU's function"
+    monkeypatch.setattr(by_document, "_is_on_gpu", lambda tensor: True)
+    assert torch.equal(layer(x), expected)
+    assert called == [7]
+
+
+def test_a_layer_with_a_state_is_never_in_training_mode() -> None:
+    """There mamba-ssm multiplies with the weights of linear layers without calling them."""
+    layer = Convolved(lambda x, conv: conv(x))
+    separate_states(layer)
+    nn.Sequential(layer).train()
+    assert not layer.training and layer.out.training
+    layer.eval()
+    assert not layer.out.training
 
 
 def test_dropout_of_an_adapter_is_that_of_the_whole_sequence() -> None:
