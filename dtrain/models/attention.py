@@ -14,9 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib import import_module
-from inspect import signature
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -28,13 +25,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dtrain.core.errors import UserError
-from dtrain.core.log import warn
 from dtrain.distributed.tensor_utils import send
+from dtrain.models.kernels import varlen
 from dtrain.models.kernels.causal_attention import causal_attention, supports_causal_attention
 
 NAME = "documents"
-# GPUs (compute capability) and head sizes that torch's FlashAttention-2 supports.
-VARLEN_CAPABILITY, VARLEN_HEAD_SIZE = (8, 0), 256
 
 
 @dataclass(frozen=True)
@@ -280,8 +275,12 @@ def document_attention(
     if window is None and plain and supports_causal_attention(query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return causal_attention(query, key, value, lengths, scale), None
-    if plain and supports_varlen(query, value):
-        return varlen_attention(query, key, value, attention_mask, scaling), None
+    if dropout == 0.0 and varlen.supports_varlen(query, value, has_sinks=s_aux is not None):
+        boundaries = attention_mask.boundaries(query.device)
+        output = varlen.varlen_attention(
+            query, key, value, boundaries, max(lengths), window, scaling, s_aux
+        )
+        return output, None
     # split, not slices: the gradient of each slice would be a zero-filled tensor of T tokens
     parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     outputs = [
@@ -289,75 +288,6 @@ def document_attention(
         for q, k, v in zip(*parts, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
-
-
-def supports_varlen(query: Tensor, value: Tensor) -> bool:
-    """Whether torch documents that its varlen flash attention supports such tensors."""
-    size = query.shape[-1]
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and size == value.shape[-1]
-        and size % 8 == 0
-        and size <= VARLEN_HEAD_SIZE
-        and torch.version.hip is None
-        and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(query.device) >= VARLEN_CAPABILITY
-        and load_torch_varlen() is not None
-    )
-
-
-@cache
-def load_torch_varlen() -> Callable[..., Any] | None:
-    """torch's varlen attention; None, after one warning, if this version lacks its arguments.
-
-    Imported on first use, as it imports GPU libraries.
-    """
-    try:
-        function: Callable[..., Any] = import_module("torch.nn.attention.varlen").varlen_attn
-        if {"scale", "window_size"} <= signature(function).parameters.keys():
-            return function
-    except (ImportError, AttributeError):
-        pass
-    warn("attention: torch's varlen_attn has no scale or window here; documents run one by one")
-    return None
-
-
-def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float | None
-) -> Tensor:
-    """All documents of a sequence in one call of torch's flash attention.
-
-    Args:
-        query, key, value: as for `document_attention`.
-
-    Returns:
-        [1, T, H, D].
-    """
-    attend = load_torch_varlen()
-    assert attend is not None, "call supports_varlen first"
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    more: dict[str, Any] = {}
-    if (groups := q.shape[1] // k.shape[1]) > 1:
-        if "enable_gqa" in signature(attend).parameters:
-            more["enable_gqa"] = True
-        else:  # torch 2.11
-            k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in (k, v))
-    boundaries, longest = documents.boundaries(query.device), max(documents.lengths)
-    before = -1 if documents.window is None else documents.window - 1
-    output: Tensor = attend(
-        q,
-        k,
-        v,
-        boundaries,
-        boundaries,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(before, 0),
-        **more,
-    )
-    return output.unsqueeze(0)
 
 
 def _one_document(
@@ -377,11 +307,24 @@ def _one_document(
         mask = square.tril() & square.triu(1 - window)
     if sinks is not None:
         key, value, mask = _with_sink(query, key, value, sinks, mask)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and not _shares_heads(query, value, mask):
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     output = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )  # fmt: skip
     return output.transpose(1, 2)
+
+
+def _shares_heads(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether query heads can share keys without a matrix of all scores.
+
+    On a GPU only flash attention can, and it takes no mask.
+    """
+    size, is_half = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
+    takes = mask is None and is_half and size == value.shape[-1] <= varlen.LARGEST_HEAD
+    return takes or not query.is_cuda
 
 
 def _with_sink(

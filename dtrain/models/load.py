@@ -26,6 +26,7 @@ from dtrain.models import attention
 from dtrain.models.by_document import separate_states
 from dtrain.models.expert_layers import check_experts, fix_routers
 from dtrain.models.finite_weights import check_finite
+from dtrain.models.kernels import varlen
 from dtrain.models.meta_model import (
     auto_class,
     build_meta_model,
@@ -239,14 +240,29 @@ def resolve_attention(
                 where="model.attention",
                 fix="auto, which chooses one that this machine supports",
             )
+        if name == "flash_attention_2" and (size := _largest_head(config)) > varlen.LARGEST_HEAD:
+            raise UserError(
+                f"{config.model_type!r} has heads of {size}, and flash_attention_2 takes at most "
+                f"{varlen.LARGEST_HEAD}",
+                where="model.attention",
+                fix="auto",
+            )
         return name
     on_flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
-    if on_flash and {"flash_attention_2", attention.NAME} <= usable.keys():
+    on_flash = on_flash and {"flash_attention_2", attention.NAME} <= usable.keys()
+    if on_flash and _largest_head(config) <= varlen.LARGEST_HEAD:
         return "flash_attention_2"
     text = config.get_text_config(decoder=True)
     if getattr(text, "attn_logit_softcapping", None) is not None:
         return "eager"  # sdpa has no soft cap
     return next(name for name in (attention.NAME, "sdpa", "eager") if name in usable)
+
+
+def _largest_head(config: PretrainedConfig) -> int:
+    """Head size of the queries, in the attention layer where it is largest."""
+    model = build_meta_model(config, trust_remote_code=True)  # `read_config` asks for consent
+    sizes = [getattr(m, name, 0) for m in model.modules() for name in ("head_dim", "qk_head_dim")]
+    return max(size for size in sizes if type(size) is int)
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
@@ -25,6 +25,7 @@ from transformers import (
 
 from dtrain.config import schema
 from dtrain.models import attention
+from dtrain.models.kernels import varlen
 from dtrain.models.load import load_base
 from dtrain.models.loss import target_logits, token_losses
 
@@ -230,6 +231,88 @@ def varlen_as_documented(
     return torch.cat(outputs)
 
 
+@pytest.mark.parametrize("sizes", [(24, 16), (512, 512)], ids=["MLA", "large heads"])
+def test_heads_that_flash_attention_does_not_take_as_they_are(
+    sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values are padded for torch's flash attention; else each query head gets keys of its own."""
+    size, value_size = sizes
+    query, key = torch.randn(1, 4, 20, size), torch.randn(1, 2, 20, size)
+    value, documents = torch.randn(1, 2, 20, value_size), attention.Documents((13, 7), None)
+    monkeypatch.setattr(attention, "supports_causal_attention", lambda *_: False)
+    expected, _ = attention.document_attention(nn.Identity(), query, key, value, documents)
+    monkeypatch.setattr(varlen, "load_torch_varlen", lambda: varlen_as_documented)
+    monkeypatch.setattr(varlen, "supports_varlen", lambda *_, **__: size <= 256)
+    monkeypatch.setattr(attention, "_shares_heads", lambda *_: False)
+    result, _ = attention.document_attention(nn.Identity(), query, key, value, documents)
+    assert result.shape == (1, 20, 4, value_size)
+    torch.testing.assert_close(result, expected)
+
+
+def seen_scores(
+    query: Tensor, key: Tensor, starts: Tensor, scale: float, window: tuple[int, int]
+) -> Tensor:
+    """Scores [H, T, T] of [T, H, D] and [T, K, D], -inf where a token does not look."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    position = torch.arange(len(query))
+    document = torch.bucketize(position, starts[1:], right=True)
+    ahead = position[None] - position[:, None]
+    hidden = (ahead > window[1]) | (document[None] != document[:, None])
+    if window[0] >= 0:
+        hidden |= ahead < -window[0]
+    return (torch.einsum("qhd,khd->hqk", query, key) * scale).masked_fill(hidden, -torch.inf)
+
+
+def varlen_with_logsums(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *_: Any, scale: float,
+    window_size: tuple[int, int], enable_gqa: bool, return_aux: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What torch says of its `varlen_attn` that returns logsumexp [H, T]; it has no gradient."""
+    assert enable_gqa and return_aux.lse
+    scores = seen_scores(query, key, starts, scale, window_size)
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value), scores.logsumexp(-1)
+
+
+def varlen_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsums: Tensor,
+    starts: Tensor, _: Tensor, longest: int, __: int, is_causal: bool, random_state: Tensor,
+    scale: float, window_size: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Flash attention's backward pass: probabilities from `logsums`, do . o from `out`."""
+    assert is_causal == (window_size == [-1, 0])
+    shared = query.shape[1] // key.shape[1]
+    keys, values = (t.repeat_interleave(shared, dim=1) for t in (key, value))
+    p = (seen_scores(query, key, starts, scale, tuple(window_size)) - logsums[..., None]).exp()
+    dp = torch.einsum("qhd,khd->hqk", gradient, values)
+    ds = p * (dp - (gradient * out).sum(-1).t()[..., None]) * scale
+    dk, dv = torch.einsum("hqk,qhd->khd", ds, query), torch.einsum("hqk,qhd->khd", p, gradient)
+    dk, dv = (t.unflatten(1, (-1, shared)).sum(2) for t in (dk, dv))
+    return torch.einsum("hqk,khd->qhd", ds, keys), dk, dv
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_sinks_by_flash_attention_equal_a_mask_of_scores(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert varlen.load_varlen_backward() is not None
+    shapes = ((1, 4, 20, 8), (1, 2, 20, 8), (1, 2, 20, 8), (4,))
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    documents, upstream = attention.Documents((13, 7), window), torch.randn(1, 20, 4, 8)
+    results = []
+    for on_flash in (False, True):
+        monkeypatch.setattr(varlen, "supports_varlen", lambda *_, on=on_flash, **__: on)
+        monkeypatch.setattr(varlen, "load_torch_varlen", lambda: varlen_with_logsums)
+        monkeypatch.setattr(varlen, "load_varlen_backward", lambda: varlen_backward)
+        *qkv, sinks = inputs
+        output, _ = attention.document_attention(
+            nn.Identity(), *qkv, documents, scaling=0.3, s_aux=sinks
+        )
+        results.append([output, *torch.autograd.grad(output, inputs, upstream)])
+    for masked, flash in zip(*results, strict=True):
+        torch.testing.assert_close(flash, masked, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-gqa", "mistral-sliding"])
 def test_varlen_attention_equals_one_call_per_document(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -242,8 +325,8 @@ def test_varlen_attention_equals_one_call_per_document(
         calls.append(args)
         return varlen_as_documented(*args, **named)
 
-    assert attention.load_torch_varlen() is not None
-    monkeypatch.setattr(attention, "load_torch_varlen", lambda: counted)
-    monkeypatch.setattr(attention, "supports_varlen", lambda query, value: True)
+    assert varlen.load_torch_varlen() is not None
+    monkeypatch.setattr(varlen, "load_torch_varlen", lambda: counted)
+    monkeypatch.setattr(varlen, "supports_varlen", lambda *_, **__: True)
     torch.testing.assert_close(target_logits(model, row), expected)
     assert len(calls) == model.config.num_hidden_layers

@@ -238,6 +238,17 @@ def test_flash_attention_is_for_models_that_have_it(monkeypatch: pytest.MonkeyPa
         resolve_attention("flash_attention_2", config, gpu, torch.bfloat16)
 
 
+def test_flash_attention_is_not_for_heads_of_more_than_256(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtrain.models.load.is_flash_attn_2_available", lambda: True)
+    gpu, sizes = torch.device("cuda"), {"head_dim": 8, "hidden_size_per_layer_input": 0}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    for largest, chosen in ((256, "flash_attention_2"), (512, "documents")):
+        config = configured("gemma4_text", SMALL | sizes | layers | {"global_head_dim": largest})
+        assert resolve_attention("auto", config, gpu, torch.bfloat16) == chosen
+    with pytest.raises(UserError, match="heads of 512, and flash_attention_2 takes at most 256"):
+        resolve_attention("flash_attention_2", config, gpu, torch.bfloat16)
+
+
 def test_flash_attention_is_refused_where_it_is_not_installed() -> None:
     config = configured(*PACKED["llama"])
     with pytest.raises(UserError, match="needs a GPU and the package flash-attn") as refused:

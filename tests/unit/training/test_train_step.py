@@ -28,6 +28,7 @@ from dtrain.config.methods import Full, Lora
 from dtrain.data.loader import MicroBatch
 from dtrain.methods.base import build_method
 from dtrain.models import attention
+from dtrain.models.kernels import varlen
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.positions import rotate_by_document
 from dtrain.objectives.causal_lm import SupervisedFinetuning
@@ -157,8 +158,8 @@ def test_document_boundaries_are_copied_once_for_all_layers(
         assert k.shape == v.shape == q.shape
         return q + (k.sum() + v.sum()) * 0
 
-    monkeypatch.setattr(attention, "load_torch_varlen", lambda: newer if takes_groups else older)
-    monkeypatch.setattr(attention, "supports_varlen", lambda query, value: True)
+    monkeypatch.setattr(varlen, "load_torch_varlen", lambda: newer if takes_groups else older)
+    monkeypatch.setattr(varlen, "supports_varlen", lambda *_, **__: True)
     job = engine(CONFIGS[name], METHODS["lora"], "auto", recomputes=True)
     batch_tensors = 4  # the micro-batch's tensors
     assert forward_backward(job, LENGTHS) == batch_tensors + 1
