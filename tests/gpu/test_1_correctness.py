@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from dtrain.config import schema
 from dtrain.models.attention import Documents, document_attention
 from dtrain.models.dropout import DropoutKey, KeyedDropout
+from dtrain.models.expert_nf4 import pack_experts
+from dtrain.models.kernels import experts
 from dtrain.models.kernels.patch import patch_modules
+from dtrain.models.load import freeze_for_training
+from dtrain.models.loss import target_logits
+from dtrain.models.packing_probe import ProbeSequence
 
 LENGTHS = (1, 2, 77, 129, 500, 777)  # tokens of the documents of a row
 STOP_AT_ONCE = {"DTRAIN_END_TIME": "1"}  # the end of the job is past: one step, a checkpoint
@@ -60,6 +67,153 @@ def test_attention_over_documents(device, dtype, size, heads, window, figures) -
     ]
     figures[f"attention error, head {size}, {heads[1]} key heads, window {window}"] = max(errors)
     assert max(errors) < (2e-2 if dtype == torch.bfloat16 else 1e-5), errors
+
+
+@pytest.mark.parametrize("sizes", [(192, 128), (512, 512)], ids=["MLA", "Gemma 4"])
+def test_attention_with_heads_that_flash_attention_does_not_take(device, dtype, sizes) -> None:
+    torch.manual_seed(0)
+    shapes = ((8, sizes[0]), (2, sizes[0]), (2, sizes[1]))
+    query, key, value = (
+        torch.randn(1, n, sum(LENGTHS), size, device=device, dtype=dtype, requires_grad=True)
+        for n, size in shapes
+    )
+    output, _ = document_attention(nn.Identity(), query, key, value, Documents(LENGTHS, None))
+    expected = alone(query, key, value, None)
+    upstream = torch.randn_like(output)
+    results = [output, *torch.autograd.grad(output, (query, key, value), upstream)]
+    gradients = torch.autograd.grad(expected, (query, key, value), upstream.float())
+    for result, wanted in zip(results, [expected, *gradients], strict=True):
+        error = (result.float() - wanted).abs().max() / wanted.abs().max()
+        assert error < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_sinks_take_probability(device, dtype, window) -> None:
+    """Against the mask of scores, which float32 takes."""
+    torch.manual_seed(0)
+    shapes = ((1, 8, sum(LENGTHS), 64), (1, 2, sum(LENGTHS), 64), (1, 2, sum(LENGTHS), 64), (8,))
+    inputs = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+    upstream, results = torch.randn(1, sum(LENGTHS), 8, 64, device=device), []
+    for kind in (dtype, torch.float32):
+        *qkv, sinks = leaves = [tensor.to(kind).requires_grad_() for tensor in inputs]
+        documents = Documents(LENGTHS, window)
+        output, _ = document_attention(nn.Identity(), *qkv, documents, s_aux=sinks)
+        gradients = torch.autograd.grad(output, leaves, upstream.to(kind))
+        results.append([output.float(), *(gradient.float() for gradient in gradients)])
+    for result, wanted in zip(*results, strict=True):
+        error = (result - wanted).abs().max() / wanted.abs().max()
+        assert error < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+MIXTURE = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts_per_tok": 2,
+}  # fmt: skip
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 16, "moe_intermediate_size": 64},
+    "gpt_oss": {"num_local_experts": 16, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_grouped_experts_equal_one_after_the_other(
+    device, dtype, kind, rank, monkeypatch, figures
+) -> None:
+    """Nine tokens: most experts get none, and their gradients are zero, not what memory held."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **MIXTURE, **MIXTURES[kind])
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = get_peft_model(model, LoraConfig(r=rank, target_modules=[], target_parameters=names))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    assert patch_modules(adapted)["experts"] == 2
+    ids, results = torch.arange(3, 12, device=device)[None], []
+    for grouped in (True, False):
+        if not grouped:
+            monkeypatch.setattr(experts, "_has_grouped_kernel", lambda device: False)
+        adapted.zero_grad()
+        logits = adapted(input_ids=ids, use_cache=False).logits.float()
+        logits.logsumexp(-1).sum().backward()
+        gradients = [p.grad.float() for p in adapted.parameters() if p.grad is not None]
+        results.append([logits.detach(), *gradients])
+    worst = max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
+        for a, b in zip(*results, strict=True)
+    )
+    figures[f"experts of {kind}, rank {rank}: grouped against one by one"] = worst
+    assert worst < (5e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_sorting_tokens_by_expert_does_not_wait(device) -> None:
+    index = torch.randint(0, 16, (100, 2), device=device)
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        groups = experts.group_by_expert(index, 16)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert groups.ends[-1] == 200 and groups.ends.dtype == torch.int32
+
+
+def test_experts_in_nf4_are_unpacked_as_each_by_itself(device, dtype) -> None:
+    weights = (torch.randn(3, 128, 256) * 0.02).to(device, dtype)
+    packed, states = pack_experts(weights, 2, dtype)
+    for expert, weight in enumerate(weights):
+        halves = [
+            quantize_4bit(half.contiguous(), quant_type="nf4", compress_statistics=True)
+            for half in weight.chunk(2)
+        ]
+        expected = torch.cat([dequantize_4bit(bits, state) for bits, state in halves])
+        assert torch.equal(states.matrix(packed, expert), expected)
+
+
+# A gated delta net, a short convolution, Mamba-2: with their packages' kernels where installed.
+HYBRIDS = {
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "bamba": {
+        "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 64,
+        "mamba_n_groups": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_layers_with_a_state_separate_documents(device, dtype, kind, figures) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **MIXTURE, **HYBRIDS[kind])
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+    freeze_for_training(model, schema.Model(base="here", gradient_checkpointing=True)).train()
+    model.requires_grad_(True)
+    documents = [torch.arange(3, 3 + n) for n in (1, 2, 77, 129)]
+    results = []
+    for rows in ([documents], [[document] for document in documents]):
+        model.zero_grad()
+        packed = [ProbeSequence.of(row) for row in rows]
+        inputs = [
+            ProbeSequence(
+                row.input_ids.to(device), row.position_ids.to(device),
+                row.target_positions.to(device), row.document_lengths,
+            )
+            for row in packed
+        ]  # fmt: skip
+        logits = torch.cat([target_logits(model, row) for row in inputs]).float()
+        logits.logsumexp(-1).sum().backward()
+        gradients = [p.grad.float() for p in model.parameters() if p.grad is not None]
+        results.append([logits.detach(), *gradients])
+    worst = max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
+        for a, b in zip(*results, strict=True)
+    )
+    figures[f"{kind}: packed documents against each by itself"] = worst
+    assert worst < (1e-1 if dtype == torch.bfloat16 else 1e-3)
 
 
 def small_llama(device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
