@@ -238,7 +238,7 @@ class MergeableAdapter:
         if self._base.stored_name(f"{module}.weight"):
             return None
         stem, depth = module.replace(".base_layer", ""), module.count(".base_layer")
-        targets = self.config.get("target_parameters")  # a checkpoint has no such key
+        targets = self.config.get("target_parameters")  # None of a checkpoint with all-linear
         named = [f"{stem}.{name}" for name in self._base.expert_parameters(stem)]
         adapted = [n for n in named if targets is None or match_names([n], targets)]
         return adapted[-1 - depth] if depth < len(adapted) else None

@@ -155,5 +155,7 @@ def checkpoint_adapter(saved: StageCheckpoint, base: BaseTensors) -> MergeableAd
     tensors = CheckpointAdapter(saved.checkpoint)
     # A checkpoint holds tied modules that train whole once.
     whole = {"modules_to_save": settings.adapter.whole_modules, "ensure_weight_tying": True}
-    config = settings.adapter.peft_config() | whole | _new_token_rows(saved)
+    targets = settings.adapter.target_modules
+    named = {} if isinstance(targets, str) else {"target_parameters": targets}
+    config = settings.adapter.peft_config() | whole | named | _new_token_rows(saved)
     return MergeableAdapter(config, tensors, base, saved.checkpoint.folder)

@@ -34,7 +34,7 @@ from dtrain.methods.saved_modules import (
     trained_routers,
 )
 from dtrain.models.dropout import key_dropouts
-from dtrain.models.expert_layers import router_layers, routers
+from dtrain.models.expert_layers import expert_parameters, router_layers, routers
 from dtrain.models.meta_model import (
     build_meta_model,
     linear_layers,
@@ -59,9 +59,11 @@ class AdapterMethod(AddedMethod[Settings]):
 
     Attributes:
         unused: names of the base's parameters that no text reaches.
+        experts: the parameters of experts that get adapters.
     """
 
     unused: set[str]
+    experts: list[str]
 
     def attach(
         self, model: PreTrainedModel, *, seed: int, device: torch.device | None = None
@@ -81,9 +83,10 @@ class AdapterMethod(AddedMethod[Settings]):
                 where="method.kind",
                 fix="a base in 16 bits: method.kind=lora",
             )
-        targets = resolve_targets(
-            described, self.settings.target_modules, unused, saved, barred, router_layers(model)
-        )
+        self.experts = self._expert_targets(model)
+        experts = [*expert_parameters(model)] if self.settings.adapts_experts else []
+        chosen, choosing = self.settings.target_modules, router_layers(model)
+        targets = resolve_targets(described, chosen, unused, saved, barred, choosing, experts)
         # transformers and PEFT each hook the embeddings so that their output requires a gradient,
         # for reentrant checkpointing. Ours needs none: backward may end at the first adapter.
         model.disable_input_require_grads()
@@ -99,6 +102,18 @@ class AdapterMethod(AddedMethod[Settings]):
             loadable_config(adapted)  # raises before the training
             check_names(adapted)
         return adapted
+
+    def _expert_targets(self, model: PreTrainedModel) -> list[str]:
+        """The parameters of experts that get adapters: those that the settings name."""
+        named, targets = [*expert_parameters(model)], self.settings.target_modules
+        named = [name for name in named if name not in self.unused]
+        if not isinstance(targets, str):
+            named = match_names(named, targets)
+        if named and not self.settings.adapts_experts:
+            modules = {name.rpartition(".")[0] for name in named}
+            say(f"the experts of {len(modules)} layers stay as they are, without adapters")
+            return []
+        return named
 
     def barred_layers(self, model: PreTrainedModel) -> set[str]:
         """Names of the linear layers that PEFT does not adapt.
@@ -149,7 +164,7 @@ class AdapterMethod(AddedMethod[Settings]):
         assert isinstance(adapted, PeftModel)
         if isinstance(targets, list):  # PEFT shortens the names: to such as towers have too,
             config.target_modules = set(targets)  # which it does not see here
-        self.settings.check_layers([*adapted_layers(adapted.get_base_model())])
+        self.settings.check_layers(_pattern_names(adapted.get_base_model()))
         return adapted
 
     def on_weights_loaded(self, block: nn.Module) -> None:
@@ -220,6 +235,16 @@ def adapted_layers(base: nn.Module) -> dict[str, BaseTunerLayer]:
     }
 
 
+def _pattern_names(base: nn.Module) -> list[str]:
+    """The names that PEFT compares with patterns: of layers, and of parameters of experts."""
+    names = []
+    for name, module in adapted_layers(base).items():
+        if isinstance(module, ParamWrapper):
+            name = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+        names.append(name)
+    return names
+
+
 def check_names(model: PeftModel) -> None:
     """Check that PEFT loads an adapter under the names that it has.
 
@@ -274,6 +299,7 @@ def resolve_targets(
     saved: set[str],
     barred: set[str],
     routers: set[str],
+    experts: list[str],
 ) -> str | list[str]:
     """The modules for PEFT to adapt; it ignores a target without a match if another one has one.
 
@@ -283,6 +309,7 @@ def resolve_targets(
         saved: modules that train whole.
         barred: layers that PEFT does not adapt; an error where they are named.
         routers: modules that choose experts, which get no adapter; the same.
+        experts: parameters of experts that can get an adapter, which names may match too.
 
     Raises:
         UserError: a target that names no linear layer, only unused ones, or one that trains whole.
@@ -304,15 +331,15 @@ def resolve_targets(
                 where="method.target_modules",
                 fix="leave it out; method.router=train trains it whole",
             )
-        _check_targets(model, target_modules, layers)
+        _check_targets(model, target_modules, layers, experts)
         if both := sorted(matched & saved):
             message = f"{both[0]} cannot have an adapter and train whole"
             where = "method.target_modules and method.modules_to_save"
             raise UserError(message, where=where, fix="name it in one of them")
     used = (matched & layers.keys()) - unused
-    if not used:
+    if not used and not match_names(experts, target_modules):
         raise UserError("no text reaches any of these layers", where="method.target_modules")
-    if used == named:
+    if used and used == named:
         return target_modules if isinstance(target_modules, str) else list(target_modules)
     if without := matched - used:
         summary = summarize_names(without)
@@ -321,15 +348,26 @@ def resolve_targets(
 
 
 def _check_targets(
-    model: PreTrainedModel, target_modules: list[str], layers: dict[str, nn.Module]
+    model: PreTrainedModel,
+    target_modules: list[str],
+    layers: dict[str, nn.Module],
+    experts: list[str],
 ) -> None:
     for target in target_modules:
-        if not match_names(layers, [target]):
+        if match_names([*layers, *experts], [target]):
+            continue
+        if match_names(expert_parameters(model), [target]):
             raise UserError(
-                f"no linear layer is named {target!r}",
+                f"{target!r} names weights of experts, which get no adapter here",
                 where="method.target_modules",
-                fix=f"choose from: {', '.join(sorted({n.rsplit('.', 1)[-1] for n in layers}))}",
+                fix="leave it out; or method.kind=lora, rslora or qlora, with experts=true",
             )
+        ends = sorted({name.rpartition(".")[2] for name in [*layers, *experts]})
+        raise UserError(
+            f"no linear layer is named {target!r}",
+            where="method.target_modules",
+            fix=f"choose from: {', '.join(ends)}",
+        )
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     if tied and any(layers[name] is output for name in match_names(layers, target_modules)):

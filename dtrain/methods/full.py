@@ -57,11 +57,24 @@ class FullFineTuning(Method[Full]):
 
     def _frozen_routers(self, model: PreTrainedModel, unused: set[str]) -> set[str]:
         """Names of the parameters of routers, unless these train."""
-        frozen = routers(model) - trained_routers(model, self.settings, unused)
+        trained = trained_routers(model, self.settings, unused)
+        for name, _ in model.named_parameters():
+            if name.startswith(tuple(f"{router}." for router in trained)):
+                self._check_trains(name)
+        frozen = routers(model) - trained
         if frozen:
             say(f"the routers of {len(frozen)} layers stay frozen")
         inside = tuple(f"{name}." for name in frozen)
         return {name for name, _ in model.named_parameters() if name.startswith(inside)}
+
+    def _check_trains(self, router: str) -> None:
+        """Check that a parameter of a router that trains is not frozen by name."""
+        if self.settings.freezes(router):
+            raise UserError(
+                f"{router} belongs to a router, which would train and stay frozen",
+                where="method.frozen_modules and method.router",
+                fix="remove it from frozen_modules, or router=frozen",
+            )
 
     def _trainable_layers(self, model: PreTrainedModel) -> list[nn.Module]:
         """The decoder layers whose parameters may train, or the whole model."""

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dtrain.config.methods import Lora
-from dtrain.config.methods.patterns import by_names, match_names
-from dtrain.core.log import say
+from dtrain.config.methods.patterns import by_names
 from dtrain.methods.adapter import ADAPTER, AdapterMethod
 from dtrain.methods.new_tokens import rows_to_train
-from dtrain.models.expert_layers import expert_parameters
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 
@@ -27,32 +25,21 @@ class LoraMethod(AdapterMethod[Lora]):
     def _with_adapter(
         self, model: PreTrainedModel, targets: str | list[str], **more: Any
     ) -> PeftModel:
-        names = [name for name, _ in model.named_modules()]
+        names = [*(name for name, _ in model.named_modules()), *self.experts]
         patterns = {key: getattr(self.settings, key) for key in PATTERNS}
         more |= {key: by_names(values, names) for key, values in patterns.items()}
         if self.new_tokens:
             whole = self.settings.whole_modules
             rows = rows_to_train(model, self.new_tokens, whole, targets)
             more |= {"trainable_token_indices": rows}
-        experts = self._expert_targets(model, targets)
-        if experts:  # PEFT has no dropout for them
-            more |= {"target_parameters": experts, "lora_dropout": 0.0}
+        if self.experts:  # PEFT has no dropout for them
+            more |= {"target_parameters": self.experts, "lora_dropout": 0.0}
         adapted = super()._with_adapter(model, targets, **more)
-        if experts and self.settings.dropout:
+        if self.experts and self.settings.dropout:
             _add_dropout(adapted, self.settings.dropout)
         for key, values in patterns.items():
             setattr(adapted.peft_config[ADAPTER], key, dict(values))
         return adapted
-
-    def _expert_targets(self, model: PreTrainedModel, targets: str | list[str]) -> list[str]:
-        """The parameters of experts that get adapters."""
-        named = [name for name in expert_parameters(model) if name not in self.unused]
-        if not isinstance(self.settings.target_modules, str):
-            named = match_names(named, self.settings.target_modules)
-        if named and not self.settings.adapts_experts:
-            say(f"the experts of {len(named)} layers stay as they are, without adapters")
-            return []
-        return named
 
     def initialize(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         assert tensor.dim() == 2 and ("lora_A" in name or "lora_B" in name), name

@@ -205,7 +205,8 @@ class AdapterSettings(MethodSettings):
 
     target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
         "all-linear",
-        description="names of the linear layers that get an adapter",
+        description="names of the linear layers that get an adapter; of experts, where they get "
+        "one, those of their weights, such as gate_up_proj and down_proj",
     )
 
     @property

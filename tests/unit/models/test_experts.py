@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.config import schema
-from dtrain.config.methods import Full, Lora
+from dtrain.config.methods import AdaLora, Full, Ia3, Lora, Vera
 from dtrain.core.errors import UserError
+from dtrain.merge import from_checkpoint
 from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.base_tensors import BaseTensors
 from dtrain.merge.merge import MergeJob, check_mergeable
@@ -297,6 +298,72 @@ def test_a_merged_model_computes_what_its_adapter_does(
     merged = plain(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), logits(model.eval()), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(merged), logits(plain(folder)), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("targets", "keys"),
+    [
+        (["down_proj"], {}),
+        (["q_proj", "gate_up_proj"], {"rank_pattern": {"experts.gate_up_proj": 2}}),
+        ("all-linear", {"rank_pattern": {"down_proj": 6}, "alpha_pattern": {"gate_up_proj": 3.0}}),
+    ],
+)
+def test_experts_are_named_by_their_parameters(
+    write: Callable, targets: Any, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    """As targets, alone too, and in patterns; as PEFT, a merge and a merge of a checkpoint do."""
+    folder = write("qwen3_moe")
+    method, model = adapted(folder, target_modules=targets, **keys)
+    assert any(".experts." in name for name, p in model.named_parameters() if p.requires_grad)
+    adapter = saved(method, model, tmp_path / "adapter")
+    expected = logits(model.eval())
+    loaded = logits(PeftModel.from_pretrained(plain(folder), adapter))
+    torch.testing.assert_close(loaded, expected, rtol=1e-5, atol=1e-5)
+    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    checkpoint: Any = SimpleNamespace(
+        names={name: tuple(p.shape) for name, p in parameters.items()},
+        folder=adapter,
+        read=lambda name, kind, start, stop: parameters[name].flatten()[start:stop],
+    )
+    settings = method.settings.model_dump()
+    step: Any = SimpleNamespace(checkpoint=checkpoint, origin=SimpleNamespace(method=settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(from_checkpoint, "_new_token_rows", lambda saved: {})
+        patch.setattr(from_checkpoint, "file_hash", lambda path: "")
+        for number in range(2):
+            job = MergeJob(folder, tmp_path / f"merged{number}", source="test")
+            opened = (
+                from_checkpoint.checkpoint_adapter(step, job.tensors)
+                if number
+                else MergeableAdapter.open(adapter, job.tensors)
+            )
+            job.merge_adapters([adapter_input(opened)])
+            merged = logits(plain(tmp_path / f"merged{number}"))
+            torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Ia3(kind="ia3"), "'down_proj' names weights of experts, which get no adapter"),
+        (Lora(kind="lora", experts=False, target_modules=["down_proj"]), "names weights of exp"),
+        (Lora(kind="lora", target_modules=["gate_proj"]), "choose from: down_proj, gate_up_proj, "),
+        (Lora(kind="lora", rank_pattern={"experts": 2}), "no layer with an adapter is named"),
+        (Full(kind="full", frozen_modules=["gate"], router="train"), "would train and stay frozen"),
+    ],
+)
+def test_names_that_do_not_fit_experts_and_routers_are_refused(
+    write: Callable, settings: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        build_method(settings).attach(plain(write("qwen3_moe")), seed=0)
+
+
+@pytest.mark.parametrize("settings", [Vera(kind="vera"), AdaLora(kind="adalora")])
+def test_experts_without_adapters_are_said(write: Callable, settings: Any, capfd: Any) -> None:
+    build_method(settings).attach(plain(write("qwen3_moe")), seed=0)
+    layers = COMMON["num_hidden_layers"]
+    assert f"the experts of {layers} layers stay as they are" in "".join(capfd.readouterr())
 
 
 @KINDS
