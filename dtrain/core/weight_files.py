@@ -15,10 +15,11 @@ from typing_extensions import TypedDict
 from dtrain.core.cache_paths import hub_cache, hub_id, hub_snapshot
 from dtrain.core.errors import UserError
 from dtrain.core.file_types import check_type
-from dtrain.core.files import MAX_BYTES, open_file, parse_json, read_json
+from dtrain.core.files import MAX_BYTES, open_file, parse_json, read_json, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PROCESSOR_TEMPLATE = "chat_template.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -75,6 +76,17 @@ def weight_files(folder: Path) -> list[Path]:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model's folder has a file of a tokenizer."""
     return any(match for pattern in TOKENIZER_FILES for match in folder.glob(pattern))
+
+
+def processor_template(folder: Path) -> str | None:
+    """The chat template in the processor's file of a multimodal model, if it has one.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    path = folder / PROCESSOR_TEMPLATE
+    template = read_object(path).get("chat_template") if path.is_file() else None
+    return template if isinstance(template, str) else None
 
 
 def undownloaded(address: str, revision: str | None = None) -> str:

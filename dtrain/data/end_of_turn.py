@@ -6,6 +6,7 @@ A login node has no transformers, so `closes_turns` renders the template with ji
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_object, read_text
+from dtrain.core.weight_files import processor_template
 from dtrain.data.chat_templates import (
     RENDER_SECONDS,
     ChatTemplate,
@@ -234,6 +236,9 @@ def _own_text(base: Path | None, config: dict[str, Any]) -> str | None:
     if isinstance(template, list):
         named = (t.get("template") for t in template if t.get("name") == "default")
         template = next(named, None)
+    if base and not isinstance(template, str):
+        with suppress(UserError):
+            return processor_template(base)
     return template if isinstance(template, str) else None
 
 

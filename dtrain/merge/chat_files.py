@@ -21,6 +21,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import read_json, read_object, read_text
 from dtrain.core.log import say
 from dtrain.core.run_dir import RunDir
+from dtrain.core.weight_files import PROCESSOR_TEMPLATE, processor_template
 from dtrain.data.chat_templates import resolve_template
 from dtrain.data.end_of_turn import StopCriterion, find_stop_criterion
 from dtrain.models.added_tokens import open_tokenizer
@@ -31,7 +32,7 @@ from dtrain.models.peft_format import (
     GenerationFile,
 )
 
-TOKENIZER, PROCESSOR_TEMPLATE = "tokenizer_config.json", "chat_template.json"
+TOKENIZER = "tokenizer_config.json"
 TOKENIZER_BYTES = 1 << 28
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -71,7 +72,7 @@ def adapter_chat_files(
             f"pass it as a stop string when you serve the model ({GENERATION} has it)"
         )
     files = {GENERATION: generation_config(base, [stop])}
-    if template.text != stored_template(base):
+    if {stored_template(base), processor_template(base) or template.text} != {template.text}:
         files[CHAT_TEMPLATE] = template.text
     return files
 

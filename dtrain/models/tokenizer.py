@@ -10,10 +10,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
+from dtrain.core.weight_files import processor_template
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder.
+    """Load the tokenizer of a model folder, with the chat template of its processor if it has none.
 
     Raises:
         UserError: it is missing or broken, or needs code that the recipe does not allow.
@@ -32,7 +33,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         ) from error
     if len(tokenizer) == 0:
         raise UserError("the tokenizer has no tokens", where=str(folder))
-    tokenizer.chat_template = _without_bom(tokenizer.chat_template)
+    template = tokenizer.chat_template or processor_template(folder)
+    tokenizer.chat_template = _without_bom(template)
     return tokenizer
 
 

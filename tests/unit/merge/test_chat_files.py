@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from dtrain.config.schema import Stage
 from dtrain.core.errors import UserError
-from dtrain.data.end_of_turn import StopCriterion
+from dtrain.data.end_of_turn import StopCriterion, check_template
 from dtrain.merge.chat_files import (
     adapter_chat_files,
     combined_chat_files,
@@ -97,6 +97,28 @@ def test_the_template_of_a_processor_is_replaced_too(tmp_path: Path) -> None:
     files = merged_chat_files(tmp_path, {TEMPLATE: "new"})
     assert json.loads(files["chat_template.json"]) == {"chat_template": "new"}
     assert merged_chat_files(tmp_path, {}) == {}
+
+
+@pytest.mark.parametrize("has_own", [True, False], ids=["two templates", "the processor's alone"])
+def test_every_file_gets_the_template_of_the_training(tmp_path: Path, has_own: bool) -> None:
+    """The tokenizer's, which a processor may not have; a processor's where there is no other."""
+    base = ensure("tiny-llama")
+    for path in (*base.glob("*token*"), base / "config.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    own = str(load_tokenizer(base).chat_template)
+    other = own.replace("<|im_start|>", "<|turn|>")
+    if has_own:
+        write(tmp_path, TEMPLATE, own)
+    write(tmp_path, "chat_template.json", {"chat_template": other})
+    trained = own if has_own else other
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.chat_template == trained
+    check_template("auto", tmp_path)
+    files = merged_chat_files(
+        tmp_path, adapter_chat_files(stage(template="auto"), tmp_path, tokenizer)
+    )
+    assert files[TEMPLATE] == trained
+    assert json.loads(files["chat_template.json"]) == {"chat_template": trained}
 
 
 def test_plain_text_stage_writes_no_chat_files(tmp_path: Path) -> None:
