@@ -26,6 +26,9 @@ from dtrain.samples.tiny_llama import build_tokenizer, quiet_transformers
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE = 64, 4, 2, 16
 LAYERS, SHARED_LAYERS = 2, 2  # those that share keys come on top
+# A token that no indexer head likes has a score of exactly 0: with 4 heads, one token in 16. Which
+# of them is chosen depends on its place in the sequence, in float64 too.
+INDEX_HEADS = 32
 VOCABULARY, POSITIONS, WINDOW = 512, 512, 24
 PAD, BOS, EOS = 0, 1, 3  # of dtrain's tiny tokenizer
 SEED = 20261130
@@ -64,12 +67,14 @@ RULES: list[tuple[str, int]] = [
      r"|first_k_dense_replace|num_dense_layers|num_nextn_predict_layers|num_mtp_layers"
      r"|(mamba_)?n_?groups", 1),
     (r"mamba_d_state|state_size|ssm_state_size|mamba_d_conv_state", 16),
-    (r"linear_num_(key|value)?_?heads|index_n_heads"
-     r"|indexer_n_heads", HEADS),
+    (r"linear_num_(key|value)?_?heads", HEADS),
+    (r"index(er)?_n_heads", INDEX_HEADS),
     (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 2 * HIDDEN // HEAD_SIZE),
     (r"num_kv_shared_layers", SHARED_LAYERS),
     (r"index_head_dim|indexer_head_dim", HEAD_SIZE),
     (r"index_topk|indexer_budget", 64),
+    (r"index_block_size|index_kpool", 16),
+    (r"index_topk_blocks", 4),
     (r"image_size", 32),
     (r"patch_size", 16),
     (r"(mamba_)?chunk_size(_size)?", 16),
@@ -89,7 +94,7 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 TOKEN_KEYS = re.compile(r".*(_token_id|_token_index|_index|_id)$")
 
 INDEXER = {
-    "indexer_n_heads": HEADS, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_SIZE,
+    "indexer_n_heads": INDEX_HEADS, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_SIZE,
     "indexer_budget": 64, "indexer_compress_ratio": 4, "ngram_vocab_size_base": VOCABULARY,
 }  # fmt: skip
 THREE_PARTS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
@@ -116,6 +121,8 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"head_dim": HEAD_SIZE + HEAD_SIZE // 2},
     # Its defaults have no layer types.
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    # By default no layer chooses tokens.
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
     # `num_heads` are those of its states.
     "mamba2": {"num_heads": 2 * HIDDEN // HEAD_SIZE},
     # The three parts of a rotation fill a head.
