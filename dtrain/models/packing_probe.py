@@ -6,7 +6,8 @@ sequence, as the trainer does. The probe takes about a second for a model of any
 - linear layers have rank 8, and all weights are views of one pool of random numbers, so that full
   widths take neither memory nor time;
 - of layers that are built alike only the first two are kept;
-- windows, chunks and the original length of a rotary embedding are shorter than the documents.
+- windows, chunks, the original length of a rotary embedding and what an indexer chooses are shorter
+  than the documents.
 
 None of this changes which token sees which. Letters: T tokens of a sequence, V vocabulary.
 """
@@ -14,6 +15,7 @@ None of this changes which token sees which. Letters: T tokens of a sequence, V 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -36,6 +38,7 @@ from dtrain.models.meta_model import build_without_parameters, first_line
 CPU = torch.device("cpu")
 DOCUMENTS = (9, 14)  # tokens of each document
 WINDOW, ORIGINAL = 5, 12  # shorter than both documents, and between their lengths
+CHOSEN, BLOCK = 4, 2  # what an indexer chooses, tokens or blocks, and the tokens of a block
 TOKENS = 1000  # token ids are below this: later ids may stand for images
 TOLERANCE = 1e-4  # relative to the largest logit; float32 errors are far smaller
 RANK = 8  # of each linear layer's weight
@@ -197,19 +200,27 @@ def build_probe_model(
 
 
 def shorten_lengths(config: PretrainedConfig) -> PretrainedConfig:
-    """Copy a config with windows, chunks and original lengths shorter than the documents."""
+    """Copy a config whose windows, chunks, choices and original lengths are short."""
     config = copy.deepcopy(config)
     for values in _groups(config):
         if "dynamic" in str(values.get("rope_parameters")):  # there it is the original length
             values["max_position_embeddings"] = ORIGINAL
         for name, value in values.items():
-            if type(value) is not int or value <= WINDOW:
-                continue
-            if "window" in name or "chunk" in name:
-                values[name] = WINDOW
-            elif name == "original_max_position_embeddings":
-                values[name] = ORIGINAL
+            short = _short_length(str(name))
+            if type(value) is int and short is not None and value > short:
+                values[name] = short
     return config
+
+
+def _short_length(name: str) -> int | None:
+    """The length that a setting of this name gets, at most; None if it is no length."""
+    if name.startswith("index"):
+        if re.search("topk|budget", name):
+            return CHOSEN
+        return BLOCK if re.search("block|pool|ratio", name) else None
+    if "window" in name or "chunk" in name:
+        return WINDOW
+    return ORIGINAL if name == "original_max_position_embeddings" else None
 
 
 def _groups(config: PretrainedConfig | dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -37,6 +37,17 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_expa
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
 LONG |= {"short_factor": [1.0] * 4, "long_factor": [float(n) for n in range(2, 6)]}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LATENT = SMALL | {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8, "index_head_dim": 16,
+    "moe_intermediate_size": 16, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+# It chooses blocks by their places in the sequence, of documents that are longer than the probe's.
+BLOCKS = SMALL | {
+    "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "index_n_heads": 2,
+    "index_head_dim": 16, "index_block_size": 8, "index_topk_blocks": 2,
+    "layer_types": ["full_attention", "minimax_m3_sparse"],
+}  # fmt: skip
 PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
     "qwen3": ("qwen3", SMALL | {"head_dim": 8}),
@@ -57,6 +68,7 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with dynamic rope": ("llama", SMALL | {
         "rope_parameters": DYNAMIC, "max_position_embeddings": 16,
     }),
+    "deepseek_v32": ("deepseek_v32", LATENT | {"index_topk": 16, "n_routed_experts": 2}),
     "opt": ("opt", HIDDEN | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "bert": ("bert", HIDDEN | {"intermediate_size": 48, "is_decoder": True}),
 }  # fmt: skip
@@ -86,6 +98,7 @@ ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "xglm": ("xglm", {
         "vocab_size": 256, "d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48,
     }),
+    "minimax_m3_vl_text": ("minimax_m3_vl_text", BLOCKS),
     "roberta": ("roberta", HIDDEN | {"intermediate_size": 48, "is_decoder": True}),
 }  # fmt: skip
 
