@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as meta_settings
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -348,7 +349,7 @@ def _forward(model: PreTrainedModel) -> Tensor:
 
 
 class MetaValueDefaults(TorchFunctionMode):
-    """Returns a default where a model reads a value from a meta tensor."""
+    """Returns a default where a model reads a value from a meta tensor; all of a mask is true."""
 
     DEFAULTS: ClassVar[dict[Any, Any]] = {
         torch.Tensor.__bool__: True,
@@ -357,6 +358,15 @@ class MetaValueDefaults(TorchFunctionMode):
         torch.Tensor.__float__: 1.0,
         torch.Tensor.item: 1,
     }
+
+    def __enter__(self) -> Any:
+        self._masks = meta_settings.patch(meta_nonzero_assume_all_nonzero=True)
+        self._masks.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._masks.__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

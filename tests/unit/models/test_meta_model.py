@@ -64,11 +64,15 @@ def test_every_adapter_gets_a_gradient(
     assert not [name for name in adapted_names(adapted) if "lm_head" in name]
 
 
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [("jamba", "mamba.dt_proj"), ("qwen4_exp_text", "self_attn.indexer.index_qk_proj")],
+)
 def test_in_a_mixture_of_experts_too(
-    tmp_path: Path, save_small: Callable, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, save_small: Callable, capsys: pytest.CaptureFixture[str], kind: str, layer: str
 ) -> None:
-    """Jamba reads the weight of `dt_proj`."""
-    layer, model = "mamba.dt_proj", save_small("jamba", tmp_path).requires_grad_(False)
+    """Jamba reads the weight of `dt_proj`; Qwen 4's indexer only chooses."""
+    model = save_small(kind, tmp_path).requires_grad_(False)
     adapted = build_method(LORA).attach(model, seed=0)
     loss(adapted).backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
