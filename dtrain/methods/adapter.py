@@ -34,7 +34,12 @@ from dtrain.methods.saved_modules import (
     trained_routers,
 )
 from dtrain.models.dropout import key_dropouts
-from dtrain.models.expert_layers import expert_parameters, router_layers, routers
+from dtrain.models.expert_layers import (
+    expert_parameters,
+    own_experts,
+    router_layers,
+    routers,
+)
 from dtrain.models.meta_model import (
     build_meta_model,
     linear_layers,
@@ -104,8 +109,21 @@ class AdapterMethod(AddedMethod[Settings]):
         return adapted
 
     def _expert_targets(self, model: PreTrainedModel) -> list[str]:
-        """The parameters of experts that get adapters: those that the settings name."""
+        """The parameters of experts that get adapters: those that the settings name.
+
+        Raises:
+            UserError: the experts are computed by code of the model's own.
+        """
         named, targets = [*expert_parameters(model)], self.settings.target_modules
+        if (own := own_experts(model)) and isinstance(targets, str):
+            what = f"the experts of this model ({own[0]}, ...)"
+            if self.settings.adapts_experts:
+                raise UserError(
+                    f"{what} are computed by code of its own, in which they cannot get adapters",
+                    where="method.experts",
+                    fix="method.experts=false, which adapts the other layers",
+                )
+            say(f"{what} stay as they are, without adapters")
         named = [name for name in named if name not in self.unused]
         if not isinstance(targets, str):
             named = match_names(named, targets)

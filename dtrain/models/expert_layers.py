@@ -46,34 +46,43 @@ def has_transposed_matrices(module: nn.Module) -> bool:
 
 
 def check_experts(model: nn.Module, where: str) -> None:
-    """Check that the experts of a model, if it has any, are those that can get adapters.
+    """Check that what chooses among the experts of a model, if it has any, is found.
 
     Raises:
-        UserError: a layer has a number of experts, but keeps them in a form of its own; or it has
-            no router that dtrain can find.
+        UserError: it is not.
+    """
+    blocks = {name.rpartition(".")[0] for name in routers(model)}
+    names = [name for name, module in model.named_modules() if is_experts(module)]
+    lost = [name for name in names if name.rpartition(".")[0] not in blocks]
+    if not blocks:
+        lost += own_experts(model)
+    if lost:
+        raise UserError(
+            f"what chooses among {lost[0]} was not found, so that it would not stay as it is",
+            where=where,
+            fix="choose another mixture of experts, or a dense model",
+        )
+
+
+def own_experts(model: nn.Module) -> list[str]:
+    """Names of the modules with a number of experts, if none of them `is_experts`.
+
+    Such experts are computed by code of the model's own, in which they cannot get adapters.
     """
     modules = dict(model.named_modules())
-    counts = [
+    if any(is_experts(module) for module in modules.values()):
+        return []
+    return [
         name
         for name, module in modules.items()
-        if not isinstance(module, PreTrainedModel)
-        and any("expert" in key and type(value) is int for key, value in vars(module).items())
+        if not isinstance(module, PreTrainedModel) and _expert_counts(module)
     ]
-    if counts and not any(is_experts(module) for module in modules.values()):
-        raise UserError(
-            f"the experts of this model ({counts[0]}) are computed by code of its own, which "
-            "dtrain does not train",
-            where=where,
-            fix="choose a mixture of experts such as qwen3_moe, mixtral, gpt_oss, or a dense model",
-        )
-    blocks = {name.rpartition(".")[0] for name in routers(model)}
-    for name, module in modules.items():
-        if is_experts(module) and name.rpartition(".")[0] not in blocks:
-            raise UserError(
-                f"what chooses among {name} was not found, so that it would not stay as it is",
-                where=where,
-                fix="choose another mixture of experts, or a dense model",
-            )
+
+
+def _expert_counts(module: nn.Module) -> set[int]:
+    """The numbers that a module keeps under names such as num_experts."""
+    numbers = {v for k, v in vars(module).items() if "expert" in k and type(v) is int}
+    return {number for number in numbers if number > 1}
 
 
 def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -94,6 +103,9 @@ def routers(model: nn.Module) -> set[str]:
     for name, module in model.named_modules():
         if is_experts(module):
             found |= _routers_of(model, name, int(module.num_experts), set(declared))
+    for name in own_experts(model):
+        for count in _expert_counts(model.get_submodule(name)):
+            found |= _routers_of(model, name, count, set(declared))
     return found
 
 

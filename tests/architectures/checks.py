@@ -62,7 +62,7 @@ class Checks:
     def __init__(self, case: models.Case, folder: Path) -> None:
         self.case, self.folder, self.row = case, folder, Row(case.name)
         self.base, self.tolerance = folder / "base", TOLERANCE[case.dtype]
-        self.packing = True
+        self.packing = self.experts = True
 
     def all(self) -> dict[str, Any]:
         """Make the model, run every check that its outcome leaves sense in."""
@@ -74,6 +74,9 @@ class Checks:
         if runs.NOT_PACKED in chain.refusal:
             self.packing = False
             chain = self.run("alone", ranks=2)
+        if chain.needs_no_experts:
+            self.experts = False
+            chain = self.run("without-experts", ranks=2)
         if not (self.base / "config.json").exists():
             self.row.outcome, self.row.reason = "unbuilt", unbuilt
         elif chain.refusal:
@@ -114,6 +117,9 @@ class Checks:
     def run(
         self, name: str, overrides: tuple[str, ...] = (), ranks: int = 1, stages: int = 2
     ) -> runs.Run:
+        if not self.experts and FULL[0] not in overrides:
+            of = ("domain", "task")[:stages]
+            overrides = (*overrides, *(f"stages.{x}.{runs.WITHOUT_EXPERTS}" for x in of))
         return runs.run(
             self.base,
             self.folder / name,
@@ -163,13 +169,15 @@ class Checks:
         if name:
             return
         row.notes.append("packed" if facts["packed"] > 1 else "one document a sequence")
+        if not self.experts:
+            row.notes.append("no adapters on its experts")
         if facts["later"] > 1e-3:
             row.fault("not causal: tokens see later ones", f"{facts['later']:.1e}")
         if facts["keys"]:
             row.fault("adapter names are not PEFT's", facts["keys"][:4])
         if facts["idle"]:
             row.fault("adapters without gradient", facts["idle"])
-        if facts["experts"]:
+        if facts["experts"] and self.experts:
             row.fault("experts silently left out", facts["experts"][:2])
 
     def results(self, chain: runs.Run, *, name: str = "", quantized: bool = False) -> None:

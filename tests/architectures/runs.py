@@ -23,6 +23,7 @@ from dtrain.training import train_step
 
 SECONDS = 240
 NOT_PACKED = "cannot be packed"  # in dtrain's refusal of what it trains one document a sequence
+WITHOUT_EXPERTS = "method.experts=false"  # in its refusal of experts that cannot get adapters
 OBSERVED_UPDATES = 2  # updates before the observed one: B, which begins as zero, has grown
 RECIPE = """
 name: sweep
@@ -67,6 +68,11 @@ class Run:
     def refusal(self) -> str:
         """The reason of a refusal; empty if there was none."""
         return reason_of(self.output) if self.status == Exit.USER_ERROR else ""
+
+    @property
+    def needs_no_experts(self) -> bool:
+        """Whether the refusal names training without adapters on experts as the way out."""
+        return bool(self.refusal) and WITHOUT_EXPERTS in self.output
 
     @property
     def crash(self) -> str:

@@ -542,12 +542,22 @@ def test_a_block_does_not_draw_its_input_at_random(write: Callable) -> None:
     assert torch.equal(logits(base.model.train()), logits(plain(folder)))
 
 
-def test_experts_that_code_of_their_own_computes_are_refused(tmp_path: Path) -> None:
-    attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}
-    config = AutoConfig.for_model(
-        "dbrx", d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=300,
-        attn_config=attention, ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4},
-    )  # fmt: skip
-    config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="computed by code of its own"):
-        read_config(tmp_path, trust_remote_code=False)
+@pytest.mark.parametrize("kind", ["dbrx", "jetmoe", "longcat_flash"])
+def test_experts_that_code_of_their_own_computes_stay_as_they_are(
+    save_small: Callable, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All other layers get adapters, but no router, whichever way it is called."""
+    model = save_small(kind, tmp_path)
+    read_config(tmp_path, trust_remote_code=False)
+    settings = Lora(kind="lora", r=2, dropout=0.0)
+    with pytest.raises(UserError, match="computed by code of its own") as refused:
+        build_method(settings).attach(model, seed=0)
+    assert refused.value.fix.startswith("method.experts=false")
+    method = build_method(settings.model_copy(update={"experts": False}))
+    adapters = method.attach(model, seed=0)
+    assert "the experts of this model" in capsys.readouterr().out
+    names = {n for n, p in adapters.named_parameters() if p.requires_grad}
+    assert any("attn" in n or "attention" in n for n in names)
+    assert not any("router" in n for n in names)
+    adapters(torch.arange(4, 24)[None], use_cache=False).logits.float().square().mean().backward()
+    assert all(p.grad is not None for p in adapters.parameters() if p.requires_grad)
