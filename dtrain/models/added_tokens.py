@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -28,6 +29,8 @@ from dtrain.core.weight_files import INDEX, SINGLE, read_header, weight_files
 from dtrain.models.check_base import check_new
 from dtrain.models.hub import PATTERNS, base_folder
 from dtrain.models.load import read_config
+from dtrain.models.meta_model import first_line
+from dtrain.models.packing_probe import build_probe_model
 from dtrain.models.peft_format import GENERATION
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_difference
 from dtrain.models.vocabulary import (
@@ -158,6 +161,9 @@ def _build(folder: Path, base: Path, settings: Model, tokens: Tokens) -> None:
         if rows != old_rows:
             _write_config(target, old_rows, rows)
             _check_config(target, rows, settings)
+        check_lookup(
+            read_config(target, trust_remote_code=settings.trust_remote_code), settings, ids
+        )
         new = NewRows(rows, dict(zip(ids, starts, strict=True)), known)
         _write_weights(base, target, names, new)
     change = "as before" if rows == old_rows else f"not {old_rows:,}"
@@ -234,6 +240,41 @@ def _check_config(target: Path, rows: int, settings: Model) -> None:
     if config.get_text_config(decoder=True).vocab_size != rows:
         message = "its config does not say how many rows its embeddings have"
         raise UserError(message, where=settings.base, fix="choose another base")
+
+
+@torch.no_grad()
+def check_lookup(config: PretrainedConfig, settings: Model, ids: list[int]) -> None:
+    """Check that a model takes its input of new tokens from their rows of its embeddings.
+
+    Gemma 3n takes numbers above its text for images and sounds; Gemma 4 looks them up in a second
+    table, too.
+
+    Raises:
+        UserError: it does not.
+    """
+    model = build_probe_model(config, settings, all_layers=False)
+    known, new = (torch.tensor(numbers)[:, None] for numbers in ([4, 5], [min(ids), max(ids)]))
+    try:
+        model(input_ids=known, use_cache=False)
+    except Exception:  # the packing probe says why
+        return
+    try:
+        before = model(input_ids=new, use_cache=False).logits
+        model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.flip(-1))
+        after = model(input_ids=new, use_cache=False).logits
+        reason = (
+            "takes the number for something else"
+            if (before == after).flatten(1).all(1).any()
+            else ""
+        )
+    except Exception as error:  # a model's code may raise anything
+        reason = f"fails: {first_line(error)}"
+    if reason:
+        raise UserError(
+            f"{config.model_type!r} does not read token {max(ids)} as text: its code {reason}",
+            where=WHERE,
+            fix="train without new tokens, or choose a base of text alone",
+        )
 
 
 def _write_weights(base: Path, target: Path, names: set[str], new: NewRows) -> None:

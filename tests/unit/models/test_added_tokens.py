@@ -12,21 +12,35 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3nConfig,
     Gemma4TextConfig,
     LlamaConfig,
     PhiConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.models.timm_wrapper import modeling_timm_wrapper as timm
 
 from dtrain.config.schema import Model
 from dtrain.config.tokens import Tokens
 from dtrain.core.errors import UserError
-from dtrain.models.added_tokens import add_tokens, open_base, open_tokenizer, token_ids
+from dtrain.models.added_tokens import (
+    add_tokens,
+    check_lookup,
+    open_base,
+    open_tokenizer,
+    token_ids,
+)
 from dtrain.models.check_base import check_new, known_tokens
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 WORDS = ["<unk>", *(f"w{number}" for number in range(9))]
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+SMALL_TEXT = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "num_kv_shared_layers": 0, "laurel_rank": 8,
+    "hidden_size_per_layer_input": 8, "activation_sparsity_pattern": [0.0, 0.0],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -195,3 +209,36 @@ def test_a_tokenizer_that_splits_a_new_token_is_refused() -> None:
     tokenizer.add_tokens = lambda tokens: 0  # as one that takes no new tokens
     with pytest.raises(UserError, match=r"does not encode the new token '<tool>' as one token"):
         add_tokens(tokenizer, Tokens(add=["<tool>"]))
+
+
+@pytest.mark.parametrize(("kind", "why"), [("llama", ""), ("gemma4_text", "fails: index out of")])
+def test_tokens_beyond_a_second_table_are_refused(
+    save_small: Callable[..., Any], kind: str, why: str
+) -> None:
+    """Gemma 4 has an embedding of each token for each layer, too."""
+    config = save_small(kind, None, vocab_size=516)
+    if not why:
+        check_lookup(config, Model(base="unused"), [512, 515])
+        return
+    with pytest.raises(UserError, match=f"'{kind}' does not read token 515 as text.*{why}"):
+        check_lookup(config, Model(base="unused"), [512, 515])
+
+
+def test_tokens_that_stand_for_sounds_are_refused(
+    save_small: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3n keeps numbers above its text for images and sounds, though a tokenizer has fewer."""
+
+    def without_layers(self: Any, config: Any, *_: Any, **__: Any) -> None:
+        super(timm.TimmWrapperModel, self).__init__(config)
+
+    monkeypatch.setattr(timm.TimmWrapperModel, "__init__", without_layers)
+    text = SMALL_TEXT | {"vocab_size": 768, "vocab_size_per_layer_input": 512}
+    config = Gemma3nConfig(
+        text_config=text,
+        vision_config={"vocab_offset": 512, "hidden_size": 32},
+        audio_config={"vocab_offset": 640, "hidden_size": 32, "conf_num_hidden_layers": 1},
+    )
+    check_lookup(config, Model(base="unused"), [510, 511])
+    with pytest.raises(UserError, match="'gemma3n' does not read token 700 as text"):
+        check_lookup(config, Model(base="unused"), [512, 700])
