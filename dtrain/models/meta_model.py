@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from dtrain.core.errors import UserError
 
 TOKENS = 8
+INSTALL = re.compile(r"pip install [\w\-\[\]]+")  # in transformers' error of a missing package
 
 
 def auto_class(config: PretrainedConfig) -> Any:
@@ -85,10 +87,13 @@ def build_meta_model(
                 config, trust_remote_code=trust_remote_code, **implementation
             )
     except Exception as error:  # architectures check their configs in many ways
+        fix = "correct its config, or choose a base that this version of transformers builds"
+        if installs := INSTALL.findall(str(error)):
+            fix = f"{' and '.join(installs)}, or choose a base that needs no such package"
         raise UserError(
             f"the model cannot be built: {first_line(error)}",
             where=f"config.json of {config._name_or_path or config.model_type}",
-            fix="correct its config, or choose a base that this version of transformers builds",
+            fix=fix,
         ) from error
     return model
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
 from dtrain.config import schema
 from dtrain.config.methods import Full, Lora
@@ -153,3 +154,13 @@ def test_nf4_is_refused_where_other_code_reads_the_weight(kind: str, layer: str)
     ) as refused:
         nf4_layers(build_meta_model(AutoConfig.for_model(kind, num_hidden_layers=10)))
     assert "a base in 16 bits: method.kind=lora" in str(refused.value)
+
+
+def test_a_package_that_a_model_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: Any, **__: Any) -> None:
+        raise ImportError("X requires the timm library.\n`pip install timm`. Please restart.")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", build)
+    with pytest.raises(UserError, match="X requires the timm library") as refused:
+        build_meta_model(LlamaConfig())
+    assert refused.value.fix.startswith("pip install timm, or")
