@@ -13,12 +13,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from inspect import getclosurevars, unwrap
 from itertools import accumulate, pairwise
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import hub_kernels
 
 from dtrain.models.attention import known_document_lengths
 from dtrain.models.dropout import shared_key
@@ -59,6 +62,23 @@ def has_state(module: nn.Module) -> bool:
     )
     code = getattr(type(module).forward, "__code__", None)
     return convolves or (code is not None and KEEPS_STATE in code.co_names)
+
+
+def missing_packages(model: nn.Module) -> list[str]:
+    """Packages that would compute layers with a state fast on a GPU, and are not installed.
+
+    transformers says so once, while it is silenced.
+    """
+    found = set()
+    for kind in {type(module) for module in model.modules() if has_state(module)}:
+        forward: Any = unwrap(kind.forward)
+        for name in forward.__code__.co_names:
+            if isinstance(function := forward.__globals__.get(name), FunctionType):
+                chosen = getclosurevars(function).nonlocals  # by transformers' decorator
+                if chosen.get("is_new_implementation") is False:
+                    found.add(chosen["package"])
+    names = getattr(hub_kernels, "_PACKAGE_TO_DISTRIBUTION", {})
+    return sorted(names.get(package, package).replace("_", "-") for package in found)
 
 
 def _each_document(

@@ -16,7 +16,7 @@ from dtrain.config.engines import ENGINES
 from dtrain.core.cache_paths import computed_folder, hub_id
 from dtrain.core.hashes import fingerprint
 from dtrain.core.locks import ShardLocks
-from dtrain.core.log import say
+from dtrain.core.log import say, warn
 from dtrain.core.units import count
 from dtrain.core.weight_files import weight_files
 from dtrain.distributed.world import World
@@ -35,6 +35,7 @@ from dtrain.merge.merge_inputs import adapter_input
 from dtrain.merge.nf4 import Nf4Base
 from dtrain.methods.base import MethodContext
 from dtrain.methods.new_tokens import check_new_tokens
+from dtrain.models.by_document import missing_packages
 from dtrain.models.embedding_noise import add_embedding_noise
 from dtrain.models.kernels import compiled
 from dtrain.models.kernels.patch import apply_kernels, compile_ahead
@@ -77,6 +78,8 @@ def build_model_in_engine(setup: StageSetup) -> tuple[Engine, tuple[int, int]]:
     )
     compiled.set_enabled(on=recipe.determinism != "strict")
     say(f"kernels: {apply_kernels(model, recipe.model)}")
+    if world.device.type == "cuda" and (packages := missing_packages(model)):
+        warn(f"layers with a state are slow without {', '.join(packages)}: install them")
     if alpha := stage.train.neftune_noise_alpha:
         add_embedding_noise(model, alpha)
     if recipe.model.kernels != "off":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from transformers.integrations import use_kernel_func_from_hub_with_fallback
 
 from dtrain.config import schema
 from dtrain.models import by_document
-from dtrain.models.by_document import has_state, separate_states
+from dtrain.models.by_document import has_state, missing_packages, separate_states
 from dtrain.models.dropout import DropoutKey, KeyedDropout
 from dtrain.models.load import freeze_for_training, silence_transformers
 from dtrain.models.loss import target_logits
@@ -37,6 +38,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2},
 }  # fmt: skip
+PACKAGES = {
+    "qwen3_5_text": ["causal-conv1d", "flash-linear-attention"],
+    "lfm2": ["causal-conv1d"],
+    "falcon_h1": ["causal-conv1d", "mamba-ssm"],
+    "mamba": ["causal-conv1d", "mamba-ssm"],
+    "minimax": [],
+}
 DOCUMENTS = [torch.arange(3, 17), torch.arange(40, 61), torch.arange(90, 95)]
 
 
@@ -94,6 +102,17 @@ def test_documents_of_the_whole_sequence_do_not_reach_a_layer_with_a_state(
     passed = dict(zip(by_document.BOUNDARIES, (boundaries, boundaries, 21, 21), strict=True))
     monkeypatch.setattr("dtrain.models.loss._flash_arguments", lambda *_: passed)
     assert torch.equal(target_logits(model, sequence), expected)
+
+
+def test_packages_that_would_be_faster_are_named(model: Any) -> None:
+    modules = {"flash-linear-attention": "fla"}
+    missing = [
+        package
+        for package in PACKAGES[model.config.model_type]
+        if find_spec(modules.get(package, package.replace("-", "_"))) is None
+    ]
+    freeze_for_training(model, schema.Model(base="here"))
+    assert missing_packages(model) == missing
 
 
 class Convolved(nn.Module):
