@@ -23,7 +23,7 @@ ORDER = (FITS, TIGHT, DOES_NOT_FIT)
 LOWER_FACTOR, LOWER_BYTES = 1.0, 0.5e9  # the least that a CUDA context takes
 BUDGET_FACTOR, BUDGET_BYTES = 1.20, 2.5e9
 
-STAGE_GROUPS = ("train.", "method.", "data.")  # groups of keys that each stage has
+STAGE_GROUPS = ("train.", "method.", "method=", "data.")  # beginnings of keys that each stage has
 MIN_RANK = 4  # no advice to train with less
 
 
@@ -128,7 +128,9 @@ def _combine(
         workload, cluster = changed.workload, changed.cluster
         made[change] = changed
     parts = [made[change] for change in changes]
-    settings = tuple(setting for part in parts for setting in part.settings)
+    # Of two values for a key the last counts, as on a command line.
+    last = {setting.partition("=")[0]: setting for part in parts for setting in part.settings}
+    settings = tuple(last.values())
     return Suggestion(settings, "; ".join(part.cost for part in parts), workload, cluster)
 
 
@@ -193,13 +195,17 @@ def _shard_among_all(workload: Workload, cluster: Cluster) -> Suggestion | None:
     changed = _sharded(workload, workload.ranks)
     if not changed.supports_optimizer:
         return None
-    setting = f"engine={{kind: {changed.engine}}}"
-    return Suggestion((setting,), "weights are sent between nodes", changed, cluster)
+    return Suggestion((_among_all(changed),), "weights are sent between nodes", changed, cluster)
+
+
+def _among_all(workload: Workload) -> str:
+    """The recipe's key for an engine that shards the base among all ranks."""
+    return f"engine={{kind: {workload.engine}}}"
 
 
 def _shorter_sequences(workload: Workload, cluster: Cluster) -> Suggestion | None:
     half = workload.sequence_length // 2
-    if workload.micro_batch > 1 or half < 512:
+    if half < 512:
         return None
     changed = replace(workload, sequence_length=half)
     return Suggestion((f"data.sequence_length={half}",), "shorter documents", changed, cluster)
@@ -224,7 +230,10 @@ def _more_nodes(workload: Workload, cluster: Cluster) -> Suggestion | None:
         return None
     nodes, ranks, steps = 2 * cluster.nodes, 2 * workload.ranks, workload.accumulation // 2
     changed = replace(workload, ranks=ranks, shard=ranks, accumulation=steps)
-    return Suggestion((f"--nodes {nodes}",), "more GPUs", changed, replace(cluster, nodes=nodes))
+    # On one node the recipe may shard inside of the node, which more nodes would not change.
+    shard = (_among_all(changed),) if workload.capabilities.shard_group else ()
+    settings = (*shard, f"--nodes {nodes}")
+    return Suggestion(settings, "more GPUs", changed, replace(cluster, nodes=nodes))
 
 
 def _offload(workload: Workload, cluster: Cluster) -> Suggestion | None:

@@ -7,6 +7,7 @@ add its settings in a file here, and name them in `Method`.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -54,13 +55,18 @@ _METHOD: TypeAdapter[MethodSettings] = TypeAdapter(Method)
 
 
 def method_like(method: MethodSettings, kind: str) -> MethodSettings:
-    """Settings of another kind, with the same rank and layers where it has such keys."""
+    """Settings of another kind, with the same values of the keys that both have."""
     if kind == method.kind:
         return method
     default = parse_method({"kind": kind})
-    shared = type(default).model_fields.keys() & type(method).model_fields.keys()
-    names = shared & {"r", "target_modules"}
-    return default.model_copy(update={name: getattr(method, name) for name in names})
+    names = _shared_keys(method, default) | {"r", "target_modules"}
+    shared = names & type(method).model_fields.keys() & type(default).model_fields.keys()
+    return default.model_copy(update={name: getattr(method, name) for name in shared})
+
+
+def _shared_keys(method: MethodSettings, other: MethodSettings) -> set[str]:
+    """Keys that a recipe sets for a method, and that another has too."""
+    return (method.model_fields_set & type(other).model_fields.keys()) - {"kind"}
 
 
 def over_nf4(method: MethodSettings) -> tuple[MethodSettings, str]:
@@ -68,7 +74,13 @@ def over_nf4(method: MethodSettings) -> tuple[MethodSettings, str]:
     if isinstance(method, QuantizableSettings):
         return method.model_copy(update={"quantize": "nf4"}), "method.quantize=nf4"
     kind = method.traits.quantized_kind
-    return method_like(method, kind), f"method.kind={kind}"
+    quantized = method_like(method, kind)
+    shared = _shared_keys(method, quantized)
+    if method.model_fields_set <= shared | {"kind"}:
+        return quantized, f"method.kind={kind}"
+    # Keys that the other kind lacks must go, so all are written anew.
+    values = [f"{name}: {json.dumps(getattr(method, name))}" for name in sorted(shared)]
+    return quantized, f"method={{{', '.join([f'kind: {kind}', *values])}}}"
 
 
 def parse_method(settings: dict[str, Any]) -> MethodSettings:
