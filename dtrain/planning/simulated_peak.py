@@ -7,7 +7,7 @@ the same amount with every layer, and so is known for the model's real depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,8 @@ from dtrain.core.errors import UserError
 from dtrain.planning.model_process import has_torch, run_child
 from dtrain.planning.workload import Workload
 
-LAYERS = (3, 4, 5)  # a first and a last layer, and others between them
+LEAST_LAYERS = 3  # a first and a last layer, and another between them
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MAX_MICRO_BATCHES = 2  # a third has the same peak as the second
 MAX_RANKS = 1024
 TOLERANCE = 0.01  # between the two extrapolations that three numbers of layers allow
@@ -68,13 +69,31 @@ def progress_units(workload: Workload) -> int:
 def simulated_layers(workload: Workload) -> tuple[int, ...]:
     """Numbers of layers to simulate; a shallow model is simulated as it is.
 
-    Where only the last layers train, as many train in each simulation, below which others differ in
-    number.
+    Where layers of several kinds repeat, the numbers differ by whole repetitions, and end as the
+    model does. Where only the last layers train, as many train in each simulation, below which
+    others differ in number.
     """
     depth, trained = workload.shape.layers, workload.trained_layers
-    more = trained - 1 if 0 < trained < depth else 0
-    layers = tuple(count + more for count in LAYERS)
+    lead, period = repetition(workload.shape.each_layer)
+    least = max(LEAST_LAYERS, lead + 2) if period == 1 else lead + period + 2
+    least += trained - 1 if 0 < trained < depth else 0
+    least += (depth - least) % period
+    layers = (least, least + period, least + 2 * period)
     return layers if depth > layers[-1] else (depth,)
+
+
+def repetition(layers: Sequence[Hashable]) -> tuple[int, int]:
+    """How many layers come before the part that repeats, and after how many it does.
+
+    The second is the number of all layers where nothing repeats.
+    """
+    kinds = list(dict.fromkeys(layers))
+    numbers = [kinds.index(layer) for layer in layers]
+    depth, found = len(numbers), [(0, len(numbers))]
+    for period in range(1, depth // 3 + 1):
+        differ = [i for i in range(depth - period) if numbers[i] != numbers[i + period]]
+        found.append((differ[-1] + 1 if differ else 0, period))
+    return min(found, key=lambda pair: pair[0] + 3 * pair[1])
 
 
 def simulate_step(
@@ -170,14 +189,16 @@ def _build_request(recipe: Recipe, name: str, workload: Workload) -> dict[str, A
 
 def with_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
     """The config of the same model with fewer layers, also inside of a multimodal wrapper."""
-    if "num_hidden_layers" not in config and "text_config" in config:
+    key = next((key for key in LAYER_KEYS if key in config), None)
+    if key is None and "text_config" in config:
         return config | {"text_config": with_layers(config["text_config"], layers)}
+    depth = config[key] if key else 0
     per_layer = {
-        key: value[:layers]
-        for key, value in config.items()
-        if isinstance(value, list) and len(value) == config["num_hidden_layers"]
+        name: value[:layers]
+        for name, value in config.items()
+        if isinstance(value, list) and len(value) == depth
     }
-    return config | per_layer | {"num_hidden_layers": layers}
+    return config | per_layer | {key or LAYER_KEYS[0]: layers}
 
 
 def _run_child(

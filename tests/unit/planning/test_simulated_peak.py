@@ -17,6 +17,7 @@ from dtrain.planning.build_workload import build_workload
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.gpus import find_gpu
 from dtrain.planning.known_models import find_config, find_shape
+from dtrain.planning.shapes import join_layers
 from dtrain.planning.simulated_peak import (
     SimulatedPeak,
     extrapolate_peak,
@@ -62,6 +63,30 @@ def test_a_config_with_fewer_layers_has_shorter_lists() -> None:
     config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "a", "b"], "eos_token_id": [1, 2]}
     cut_config = {"num_hidden_layers": 3, "layer_types": ["a", "b", "a"], "eos_token_id": [1, 2]}
     assert with_layers(config, 3) == cut_config
+
+
+def test_every_name_of_the_number_of_layers_is_cut() -> None:
+    assert with_layers({"n_layer": 12, "n_head": 8}, 3) == {"n_layer": 3, "n_head": 8}
+    assert with_layers({"vocab_size": 9}, 3) == {"vocab_size": 9, "num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize(
+    ("layers", "simulated"),
+    [
+        ("aaaaaaaaaa", (3, 4, 5)),
+        ("baaaaaaaaa", (3, 4, 5)),
+        ("bbbaaaaaaa", (5, 6, 7)),
+        ("aaab" * 10, (8, 12, 16)),
+        ("aaab" * 10 + "a", (9, 13, 17)),
+        ("aaab" * 3, (12,)),
+        ("abacadaeaf", (10,)),
+    ],
+)
+def test_layers_that_repeat_are_simulated_in_whole_repetitions(layers: str, simulated) -> None:
+    _, workload = tiny_workload([], 1)
+    blocks = [replace(workload.shape, layers=1, mlp=ord(kind)) for kind in layers]
+    shape = join_layers(blocks)
+    assert simulated_layers(replace(workload, shape=shape)) == simulated
 
 
 @pytest.mark.parametrize(
