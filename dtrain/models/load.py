@@ -284,7 +284,7 @@ def _supported_attentions(config: PretrainedConfig) -> dict[str, None]:
         return bool(classes) and all(getattr(x, trait, False) for x in classes)
 
     has_sdpa, takes_any = declare("_supports_sdpa"), declare("_supports_attention_backend")
-    sinks = any(_has_sinks(x) for x in classes)
+    sinks = any(has_sinks(x) for x in classes)
     changed = any(_computes_with_mask(x) for x in classes)
     documents = takes_any and (has_sdpa or sinks) and not changed
     support = {"eager": True, "sdpa": has_sdpa and not sinks, attention.NAME: documents}
@@ -292,7 +292,7 @@ def _supported_attentions(config: PretrainedConfig) -> dict[str, None]:
     return {name: None for name, has in support.items() if has}
 
 
-def _has_sinks(model_class: type[PreTrainedModel]) -> bool:
+def has_sinks(model_class: type[nn.Module]) -> bool:
     """Whether a model passes the scores of a sink to its attention; sdpa would leave them out."""
     return "s_aux=" in inspect.getsource(inspect.getmodule(model_class) or model_class)
 

@@ -29,6 +29,7 @@ from dtrain.models.expert_layers import (
     router_layers,
 )
 from dtrain.models.kernels.patch import patch_modules
+from dtrain.models.load import has_sinks
 from dtrain.models.meta_model import (
     build_meta_model,
     linear_layers,
@@ -156,6 +157,7 @@ class _Description:
             norm_elements=h * len(norms),
             norms=len(norms),
             soft_cap=getattr(self._config, "attn_logit_softcapping", None) is not None,
+            sinks=attention is not None and has_sinks(type(attention)),
             router=_joined([own[n] for n in routers]),
             others=tuple(_size(s) for n, s in rest.items() if n not in norms),
             saved=sum(map(self._saved, linears)) + sum(map(_convolved, mixers.values())),

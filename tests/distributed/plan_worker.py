@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -217,3 +218,7 @@ def main(arguments: list[str]) -> int:
             print("FACTS " + json.dumps(facts), flush=True)
     end_world()
     return 0
+
+
+if __name__ == "__main__":  # tests/bench/plan_real.py starts it under torchrun
+    raise SystemExit(main(sys.argv[1:]))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from contextlib import suppress
+from itertools import pairwise
 
 import pytest
 from typer.testing import CliRunner
@@ -86,6 +88,47 @@ def test_a_plan_that_does_not_fit_suggests_changes() -> None:
     assert "would fit      stages.domain.method.kind=qlora" in text
     arguments = plan.stages[0].suggestions[0].arguments("domain").split()
     assert plan_of("70b-lora-zero3", *arguments, gpu="rtx4090").stages[0].fit.verdict == FITS
+
+
+LAST_LAYERS = "stages.domain.method={kind: full, trainable_layers: 2}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpu", "overrides"),
+    [
+        ("30b-a3b-lora", "h100-80g", ["stages.domain.method={kind: full}"]),
+        ("gpt-oss-20b-lora", "a100-40g", [LAST_LAYERS, "engine={kind: zero2}"]),
+        ("gpt-oss-20b-lora", "h100-80g", ["stages.domain.data.sequence_length=16384"]),
+    ],
+)
+def test_every_suggestion_fits_when_it_is_planned(recipe: str, gpu: str, overrides) -> None:
+    stage = plan_of(recipe, *overrides, gpu=gpu).stages[0]
+    assert stage.fit.verdict != FITS and stage.suggestions
+    for suggestion in stage.suggestions:
+        words = shlex.split(suggestion.arguments("domain"))
+        options = dict(pairwise(words))
+        cluster = {"nodes": int(options.get("--nodes", 1)), "gpu": options.get("--gpu", gpu)}
+        keys = [word for word in words if "=" in word]
+        changed = plan_of(recipe, *overrides, *keys, **cluster).stages[0]
+        assert changed.fit.verdict == FITS, words
+
+
+def test_documents_may_be_shorter_than_where_attention_stores_scores() -> None:
+    """gpt-oss has sinks: all pairs of tokens of a document have a score for each head."""
+    longer = "stages.domain.data.sequence_length=16384"
+    plan = plan_of("gpt-oss-20b-lora", longer, "stages.domain.train.micro_batch_size=1")
+    stage, pairs = plan.stages[0], 16384 * 16384 * 64
+    assert stage.memory.peak > 2 * pairs, "the scores in 16 bits alone"
+    assert stage.fit.lower < stage.fit.usable and stage.fit.verdict == TIGHT
+    text = " ".join(" ".join(render_plan(plan, 200)).split())
+    assert "for documents as long as a sequence" in text and "if documents are short" in text
+
+
+def test_compared_methods_keep_the_keys_of_the_recipe() -> None:
+    keys = "{kind: lora, r: 16, experts: false, router: train}"
+    plan = plan_of("30b-a3b-lora", f"stages.domain.method={keys}", f"stages.task.method={keys}")
+    trainable = {x.workload.method.kind: x.workload.trainable for x in plan.options}
+    assert trainable["qlora"] == trainable["lora"] == plan.stages[0].workload.trainable
 
 
 def test_sequences_beyond_the_base_are_said_without_the_base() -> None:
