@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -281,13 +282,8 @@ def _render(
     stages: Sequence[Stage],
     record: RunRecord,
 ) -> str:
-    environment = Environment(
-        undefined=StrictUndefined, finalize=md, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, autoescape=False,
-    )  # fmt: skip
-    environment.filters["raw"] = Markdown
     settings = _settings_text(stages)
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    text = _template().render(
         title=title,
         summary=Markdown(summary),
         notes=[
@@ -304,6 +300,16 @@ def _render(
         license=Markdown(base.license_text),
     )
     return f"---\n{header.to_yaml()}\n---\n\n{text}"
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        undefined=StrictUndefined, finalize=md, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    environment.filters["raw"] = Markdown
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def md(value: object) -> str:
