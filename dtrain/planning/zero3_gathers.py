@@ -74,12 +74,12 @@ def simulate_gathers(workload: Workload) -> GatherSchedule:
         workload.live_elements,
         workload.reuse_elements,
     )
-    kinds = {replace(kind.shape, layers=1): kind for kind in workload.kinds}
+    elements = {
+        replace(kind.shape, layers=1): tuple(x.elements for x in layer_parameters(kind))
+        for kind in workload.kinds
+    }
     return _simulate(
-        tuple(
-            tuple(x.elements for x in layer_parameters(kinds[block]))
-            for block in workload.shape.each_layer
-        ),
+        tuple(elements[block] for block in workload.shape.each_layer),
         tuple(x.elements for x in outer_parameters(workload)),
         workload.shape.tied,
         workload.traits.trains_base,
