@@ -21,6 +21,8 @@ CPT = ContinuedPretraining.dataset
 WORKER = """
 import os, signal, sys
 from pathlib import Path
+from dtrain.core.lazy_import import import_fast
+import_fast("dtrain.objectives.causal_lm")
 from transformers import PreTrainedTokenizerFast
 from dtrain.config.schema import Data
 from dtrain.data import shards
