@@ -23,6 +23,7 @@ from dtrain.models.stored_tensors import FLOAT_DTYPES, ModelTensors
 # A second to import, and few merges need them.
 models: Any = LazyModule("dtrain.models.meta_model")
 model_names: Any = LazyModule("dtrain.models.state_dict_names")
+conversion: Any = LazyModule("dtrain.models.conversion")
 transformers: Any = LazyModule("transformers")
 COMPARED_BYTES = 1 << 22
 # Those that a merge writes: it computes in float32.
@@ -57,10 +58,13 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
 
     Attributes:
         files: reads them.
+        conversions: of parameters that `stored_name` found in another layout, by name.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
+        self.conversions: dict[str, Any] = {}
+        self._moves: dict[Any, Any] = {}
         self.folder, self.files = folder, ModelTensors(folder)
         self |= {name: (tensor.dtype, [*tensor.shape]) for name, tensor in self.files.items()}
 
@@ -74,7 +78,7 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
         module_names = _tied_parameters(self._model)
         if module_names is None:
             return None
-        embedding, head = (self.stored_name(name) for name in module_names)
+        embedding, head = (self._file_name(name) for name in module_names)
         if embedding and head:  # transformers does not tie two that differ
             return TiedPair(embedding, head, None) if self._are_equal(embedding, head) else None
         if embedding:
@@ -84,18 +88,64 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
     def stored_name(self, name: str) -> str | None:
         """Return a parameter's name in the files: with or without the outermost module, or renamed.
 
-        None if no file has it in the same layout.
+        A parameter that the files have in another layout goes by its own name, with its own shape;
+        `conversions` says how the files have it. None if no file has it, if it is an embedding that
+        is also the head, or experts of `expert_parts`.
         """
+        if name in self.conversions:
+            return name
+        return self._file_name(name) or self._converted_name(name)
+
+    def _file_name(self, name: str) -> str | None:
         plain = next((n for n in (name, name.partition(".")[2]) if n in self), None)
-        if plain and len(self[plain][1]) == 3 and self._is_converted(name, plain):
+        if plain and len(self[plain][1]) == 3 and self._is_converted(name):
             return None
         return plain or self._renamed.get(name)
 
-    def _is_converted(self, name: str, stored: str) -> bool:
-        """Whether the files have a parameter in another shape, such as with each expert turned."""
-        conversions = self._matched.conversions if self._matched else []
-        empty = next((c.empty[name] for c in conversions if name in c.empty), None)
-        return empty is not None and list(empty.shape) != self[stored][1]
+    def _converted_name(self, name: str) -> str | None:
+        made = self._matched.converted.get(name) if self._matched else None
+        if (
+            made is None
+            or name in self.expert_parts
+            or name in (_tied_parameters(self._model) or ())
+        ):
+            return None
+        dtypes = {self.files[source].dtype for source in made.names}
+        if self.why_not_written(name) or len(dtypes) > 1:
+            return None
+        self[name] = dtypes.pop(), list(made.empty[name].shape)
+        self.conversions[name] = made
+        return name
+
+    def _is_converted(self, name: str) -> bool:
+        """Whether the files have a parameter in another layout, such as with each expert turned."""
+        made = self._matched.converted.get(name) if self._matched else None
+        return made is not None and (bool(self.why_not_written(name)) or not self._is_equal(made))
+
+    def _is_equal(self, made: Any) -> bool:
+        return bool(self.moves(made).is_identity)
+
+    def why_not_written(self, name: str) -> str:
+        """Why what trained cannot be written in the layout that the files have; empty if it can."""
+        made = self._matched.converted.get(name) if self._matched else None
+        try:
+            self.moves(made) if made else None
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def moves(self, made: Any) -> Any:
+        """Where a conversion's entries are in the files; layers of one kind are asked once.
+
+        Raises:
+            UserError: as `find_moves`.
+        """
+        shapes = {name: tuple(self.files[name].shape) for name in made.names}
+        sizes = [tuple(empty.shape) for empty in made.empty.values()]
+        key = id(made.rule), tuple(shapes.values()), tuple(sizes)
+        if key not in self._moves:
+            self._moves[key] = conversion.find_moves(made, shapes)
+        return self._moves[key].renamed(made.entries, shapes)
 
     @property
     def _renamed(self) -> dict[str, str]:
@@ -108,14 +158,13 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
             model = self._model
         except UserError:
             return None
-        return None if model is None else model_names.match_state_dict(model, self)
+        return None if model is None else model_names.match_state_dict(model, self.files)
 
     @cached_property
     def expert_parts(self) -> dict[str, list[Any]]:
         """Model's own name of a parameter of experts → the tensors that it is stored as."""
         conversions = self._matched.conversions if self._matched else []
-        made = {x.entries[0]: model_names.expert_parts(x) for x in conversions}
-        return {name: parts for name, parts in made.items() if parts}
+        return {k: v for x in conversions for k, v in conversion.expert_parts(x).items()}
 
     def has_transposed_experts(self, parameter: str) -> bool:
         """Whether the model keeps the matrices of a parameter of experts as [in, out]."""

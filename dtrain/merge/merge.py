@@ -27,6 +27,7 @@ from dtrain.merge.base_tensors import (
     BaseTensors,
     untied_config,
 )
+from dtrain.merge.converted_changes import stored_changes
 from dtrain.merge.merge_inputs import MergeInput
 from dtrain.merge.merged_model import MergedModel, as_json
 from dtrain.merge.provenance import combined_fingerprint
@@ -126,7 +127,7 @@ class MergeJob:
             for name in sorted(names)
         }
         description = {"source": self.source, "adapters": [item.description for item in inputs]}
-        self._write(MergedModel(changes, added, files, description))
+        self._write(MergedModel(stored_changes(changes, self.tensors), added, files, description))
 
     def replace_weights(self, trained: TrainedWeights) -> None:
         """Write the fully fine-tuned model, in the layout and dtypes of its base.
@@ -148,6 +149,7 @@ class MergeJob:
             change = next(changes[name] for name in pair.names if name in changes)
             changes |= {name: changes.get(name, change) for name in pair.names}
         description = {"source": self.source, "adapters": [], "weights": trained.content_hash}
+        changes = stored_changes(changes, self.tensors)
         self._write(MergedModel(changes, {}, self.files, description))
 
     def _replace_experts(
@@ -328,10 +330,14 @@ def check_mergeable(base: Path, changed: Iterable[str]) -> None:
             stored = [tensors.tied.stored]
         if not stored[0]:
             stored = [part.name for part in tensors.expert_parts.get(name, ())] or [""]
-        if any(x not in tensors or tensors[x][0] not in FLOATS for x in stored):
+        unknown = [x for x in stored if x not in tensors]
+        dtypes = {tensors[x][0] for x in stored if x not in unknown} - FLOATS.keys()
+        if unknown or dtypes:
+            reason = tensors.why_not_written(name)
+            form = f"as {dtypes.pop()}" if dtypes else "in another layout"
             raise UserError(
-                f"{name} is trained, but the base's files store it in another layout, which a "
-                "merge cannot write",
+                f"{name} is trained, but the base's files store it {form}, which a merge cannot "
+                "write" + (f": {reason}" if reason else ""),
                 where=str(base),
                 fix="leave it out of method.target_modules (experts: method.experts=false); or "
                 "train one stage with output.merge=false",

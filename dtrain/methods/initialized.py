@@ -193,20 +193,24 @@ class BaseWeights:
         self._context = context
         self._files = ModelTensors(context.base)
         described = build_meta_model(model.config, trust_remote_code=model.is_custom_code())
-        self._names = match_state_dict(described, self._files).stored
+        self._names = match_state_dict(described, self._files)
 
     def read(self, layer: str, *, transposed: bool) -> Tensor:
         """W [o, h] of a layer, on the device.
 
         Raises:
-            UserError: it is not one tensor in the files.
+            UserError: the files do not have it.
         """
-        name = self._names.get(f"{layer}.weight")
-        if name is None:
+        entry, device = f"{layer}.weight", self._context.world.device
+        if (name := self._names.stored.get(entry)) is not None:
+            weight = self._files.read(name, device)
+        elif (conversion := self._names.converted.get(entry)) is not None:
+            weight = conversion.convert(self._files.read)[entry].to(device)
+        else:
             raise UserError(
-                f"the files of the base have no tensor of {layer} alone",
+                f"the files of the base have no tensor of {layer}",
                 where=str(self._context.base),
                 fix="method.kind: lora, or target_modules without that layer",
             )
-        weight = self._files.read(name, self._context.world.device).to(self._context.dtype)
+        weight = weight.to(self._context.dtype)
         return weight.t() if transposed else weight

@@ -24,13 +24,14 @@ from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import FLOATS, check_complete
 from dtrain.models.check_base import stored_quantized_error
+from dtrain.models.conversion import Conversion, expert_parts
 from dtrain.models.expert_layers import expert_parameters
 from dtrain.models.expert_nf4 import holds_nf4, mark_experts, packed_parameter
 from dtrain.models.finite_weights import check_tensor
 from dtrain.models.load import freeze_for_training, load_config
 from dtrain.models.meta_model import build_meta_model, build_without_parameters, unused_towers
 from dtrain.models.quantize import nf4_layers, pack_natively
-from dtrain.models.state_dict_names import Conversion, expert_parts, match_state_dict
+from dtrain.models.state_dict_names import match_state_dict
 from dtrain.models.stored_tensors import ModelTensors
 
 
@@ -175,7 +176,7 @@ class TensorSource:
 
 
 def _matrices_of_experts(conversion: Conversion) -> int:
-    parts = expert_parts(conversion)
+    parts = [part for of_entry in expert_parts(conversion).values() for part in of_entry]
     return parts[0].share[1] if parts else 1
 
 

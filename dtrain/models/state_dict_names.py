@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
-from copy import deepcopy
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -20,93 +17,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from dtrain.core.errors import UserError, first_line
-
-
-@dataclass(frozen=True, eq=False)
-class Conversion:
-    """Tensors of the files that are stacked, joined, split or transposed into entries of the model.
-
-    Attributes:
-        entries: names in the model of what it makes.
-        empty: the model's tensors of these names; some rules ask for their shapes.
-        sources: pattern of the rule → names in the files, in the order of the rule.
-        rule: of transformers.
-    """
-
-    entries: tuple[str, ...]
-    empty: dict[str, Tensor]
-    sources: dict[str, list[str]]
-    rule: WeightConverter
-    config: PretrainedConfig
-
-    @property
-    def names(self) -> list[str]:
-        """Names in the files."""
-        return [name for names in self.sources.values() for name in names]
-
-    def convert(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Make the entries.
-
-        Args:
-            read: name in the files → the tensor.
-
-        Raises:
-            UserError: the tensors do not fit together.
-        """
-        rule, first = deepcopy(self.rule), self.entries[0]
-        for pattern, names in self.sources.items():
-            for name in names:
-                rule.add_tensor(first, name, pattern, partial(read, name))  # type: ignore[arg-type]
-        try:
-            asked: Any = SimpleNamespace(get_parameter=self.empty.__getitem__)
-            made: dict[str, Any] = rule.convert(first, model=asked, config=self.config)
-        except Exception as error:  # torch's, on tensors of other shapes
-            raise UserError(
-                f"the files' tensors do not make {first}: {first_line(error)}",
-                fix="weights and config.json must belong to the same model; download them again",
-            ) from error
-        return {name: v[0] if isinstance(v, list) else v for name, v in made.items()}
-
-
-@dataclass(frozen=True)
-class ExpertPart:
-    """A matrix in the files that is a range of rows of one expert.
-
-    Attributes:
-        name: in the files.
-        expert: number of the expert.
-        share: which of the equal ranges of its rows, and of how many.
-    """
-
-    name: str
-    expert: int
-    share: tuple[int, int]
-
-
-def expert_parts(conversion: Conversion) -> list[ExpertPart]:
-    """The parts of a parameter [E, rows, columns] that a conversion makes of matrices.
-
-    The conversion itself is asked, with small matrices of numbers that say where they come from.
-
-    Returns:
-        Nothing if it does something else than to stack experts and to join their rows.
-    """
-    marks = {n: torch.arange(4).view(2, 2) + 4 * i for i, n in enumerate(conversion.names)}
-    try:
-        (made,) = conversion.convert(marks.__getitem__).values()
-        experts, rows, columns = made.shape
-    except (UserError, ValueError):
-        return []
-    if columns != 2 or rows % 2 or experts * rows != 2 * len(marks):
-        return []
-    parts = []
-    for name, mark in marks.items():
-        expert, row, _ = (made == mark[0, 0]).nonzero()[0].tolist()
-        if row % 2 or not torch.equal(made[expert, row : row + 2], mark):
-            return []
-        parts.append(ExpertPart(name, expert, (row // 2, rows // 2)))
-    return parts
+from dtrain.models.conversion import Conversion
 
 
 @dataclass(frozen=True)
@@ -124,6 +35,11 @@ class StateDictNames:
     conversions: list[Conversion]
     missing: list[str]
     unexpected: list[str]
+
+    @cached_property
+    def converted(self) -> dict[str, Conversion]:
+        """Entry → what makes it, for entries that are not equal to one tensor."""
+        return {entry: x for x in self.conversions for entry in x.empty}
 
     def among(self, entries: Container[str]) -> StateDictNames:
         """The same, but only what makes these entries."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 SHORT = [
     f"stages.{stage}.train.{setting}"
@@ -76,8 +77,12 @@ def test_engines_agree_on_stored_buffers_and_renamed_files(
 def test_impossible_merge_is_rejected_before_the_first_step(
     start_ranks: Callable, base: Callable
 ) -> None:
-    run = start_ranks(*SHORT, f"model.base={base('hrm_text')}").wait(2)
-    assert "store it in another layout" in run.output and "Traceback" not in run.output
+    folder = base("llama")
+    tensors = load_file(folder / "model.safetensors")
+    doubles = {name: tensor.double() for name, tensor in tensors.items()}
+    save_file(doubles, folder / "model.safetensors", metadata={"format": "pt"})
+    run = start_ranks(*SHORT, f"model.base={folder}").wait(2)
+    assert "store it as F64" in run.output and "Traceback" not in run.output
     assert not (run.folder / "domain" / "metrics.jsonl").exists()
 
 
