@@ -280,6 +280,13 @@ def _with_experts(
     return join_layers([replace(layer, layers=1) for layer in layers])
 
 
+def _experts(config: dict[str, Any]) -> int:
+    """The number of routed experts: transformers 5 saves some configs under another name."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    found = [name for name in names if name in config]
+    return int(config[found[0] if found else names[0]])
+
+
 def _dense_layers(config: dict[str, Any]) -> Callable[[int], bool]:
     """The layers without experts, as Qwen's configs say."""
     step, dense = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or ()
@@ -290,7 +297,7 @@ def _qwen3_moe(kind: str, config: dict[str, Any]) -> ModelShape:
     return _with_experts(
         _qwen3(kind, config),
         config,
-        int(config["num_experts"]),
+        _experts(config),
         width=int(config["moe_intermediate_size"]),
         dense=_dense_layers(config),
     )
@@ -300,7 +307,7 @@ def _qwen2_moe(kind: str, config: dict[str, Any]) -> ModelShape:
     return _with_experts(
         _decoder(kind, config, qkv_bias=config.get("qkv_bias", True)),
         config,
-        int(config["num_experts"]),
+        _experts(config),
         width=int(config["moe_intermediate_size"]),
         shared=int(config["shared_expert_intermediate_size"]),
         shared_name="shared_expert",
@@ -310,14 +317,14 @@ def _qwen2_moe(kind: str, config: dict[str, Any]) -> ModelShape:
 
 
 def _mixtral(kind: str, config: dict[str, Any]) -> ModelShape:
-    number, width = int(config["num_local_experts"]), int(config["intermediate_size"])
+    number, width = _experts(config), int(config["intermediate_size"])
     return _with_experts(_plain(kind, config), config, number, width=width)
 
 
 def _gpt_oss(kind: str, config: dict[str, Any]) -> ModelShape:
     biased = config.get("attention_bias", True)
     shape = _decoder(kind, config, qkv_bias=biased, o_bias=biased)
-    number, width = int(config["num_local_experts"]), int(config["intermediate_size"])
+    number, width = _experts(config), int(config["intermediate_size"])
     shape = _with_experts(shape, config, number, width=width, bias=True)
     return replace(shape, others=((shape.heads, 1),), sinks=True)
 
@@ -328,7 +335,7 @@ def _glm4_moe(kind: str, config: dict[str, Any]) -> ModelShape:
     return _with_experts(
         _decoder(kind, config, qkv_bias=config.get("attention_bias"), head_norms=head_norms),
         config,
-        int(config["n_routed_experts"]),
+        _experts(config),
         width=width,
         shared=width * int(config.get("n_shared_experts", 1)),
         dense=lambda n: n < int(config.get("first_k_dense_replace", 1)),

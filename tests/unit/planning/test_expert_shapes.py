@@ -61,6 +61,13 @@ def workload(config: dict[str, Any], **keys: Any) -> Workload:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_that_transformers_saved_again_has_the_same_shape(name: str) -> None:
+    """It may rename keys: num_experts of Qwen's becomes num_local_experts."""
+    saved = AutoConfig.for_model(**CONFIGS[name]).to_dict()
+    assert shape_of(saved, name) == shape_of(CONFIGS[name], name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_counts_are_those_of_transformers(name: str) -> None:
     config, model = CONFIGS[name], model_of(CONFIGS[name])
     shape, parameters = shape_of(config, name), dict(model.named_parameters())
