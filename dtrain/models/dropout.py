@@ -15,6 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from dtrain.core.errors import UserError
 from dtrain.models.kernels import native
 
 LANES = 4  # 16-bit numbers in a drawn int64: four elements per draw
@@ -84,11 +85,20 @@ class KeyedDropout(KeyedModule):
 
         Args:
             x: [1, T, h]; or [T, h], as Qwen's shared experts, or [1, 1, T, h], as DeepSeek's keys.
+
+        Raises:
+            UserError: the layer computes other rows than the tokens, as ProphetNet's and Zaya's.
         """
         key, part = self.key, self.key.part
         tokens = sum(key.lengths or ()) if part is None else part.stop - part.start
         first = next((size for size in x.shape[:-1] if size > 1), 1)
-        assert tokens in (1, first), "the key is for another micro-batch"
+        if first != tokens:
+            raise UserError(
+                f"{self.layer} computes {first} rows for {tokens} tokens, so that it is unknown "
+                "which of them a mask is for",
+                where="method.dropout",
+                fix="method.dropout=0",
+            )
         width = x.numel() // tokens
         if part is None:
             return self._draw_all(width, x.device).view(x.shape)

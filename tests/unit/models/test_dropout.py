@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.methods import Lora
+from dtrain.core.errors import UserError
 from dtrain.methods.base import build_method
 from dtrain.models.dropout import DropoutKey, KeyedDropout, set_dropout_key
 from dtrain.models.kernels import native
@@ -79,11 +80,13 @@ def test_evaluation_and_empty_micro_batches_drop_nothing() -> None:
     assert torch.equal(dropout.eval()(torch.ones(3, 5, 16)), torch.ones(3, 5, 16))
 
 
-def test_key_of_another_micro_batch_is_an_error() -> None:
+@pytest.mark.parametrize("rows", [13, 24, 1])
+def test_other_rows_than_the_tokens_are_refused(rows: int) -> None:
+    """ProphetNet computes several of each token, Zaya one in front of all."""
     dropout = layer()
     set_dropout_key(nn.Sequential(dropout), 1, 1, [7], [12])
-    with pytest.raises(AssertionError, match="another micro-batch"):
-        dropout(torch.ones(1, 13, 16))
+    with pytest.raises(UserError, match=f"a computes {rows} rows for 12 tokens"):
+        dropout(torch.ones(1, rows, 16))
 
 
 def adapted(checkpointing: bool) -> nn.Module:
