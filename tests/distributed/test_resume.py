@@ -6,8 +6,13 @@ import json
 import re
 import signal
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dtrain.samples.tiny_llama import build_tokenizer
 
 STOP_AT_ONCE = {"DTRAIN_END_TIME": "1"}  # the job's end is past: one step, a checkpoint, status 75
 # Dropout shows that no random state is missing: it follows from seed, step and sequence.
@@ -18,14 +23,31 @@ EVERY_STEP = [
 ]
 
 
+def mixed_base(folder: Path) -> Path:
+    """A gated delta net, attention and experts, with the sample model's tokenizer."""
+    config = AutoConfig.for_model(
+        "qwen3_next", vocab_size=512, hidden_size=32, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"], num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("engine", "method"), [("ddp", "lora"), ("zero3", "lora"), ("zero2", "dora")]
+    ("engine", "method", "base"),
+    [("ddp", "lora", "sample"), ("zero3", "lora", "mixed"), ("zero2", "dora", "sample")],
 )
 def test_kills_in_both_stages_end_with_the_same_weights(
-    start_ranks, weights, engine, method
+    start_ranks, weights, tmp_path, engine, method, base
 ) -> None:
     kinds = [f"stages.{stage}.method.kind={method}" for stage in ("domain", "task")]
     settings = [f"engine.kind={engine}", *kinds, *EVERY_STEP]
+    settings += [f"model.base={mixed_base(tmp_path / 'base')}"] if base == "mixed" else []
     undisturbed = start_ranks(*settings, folder="undisturbed").wait(0)
     for stage, step in (("domain", 6), ("task", 3)):
         run = start_ranks(*settings)
