@@ -6,7 +6,8 @@
 transformers holds the experts of a layer as parameters of three dimensions, and lets a function of
 `ExpertsInterface` compute them. PEFT adapts such a parameter by making W + s B A for all experts
 in every forward pass. Here tokens are sorted by expert, and each group of tokens is multiplied with
-its expert's W, A and B: by one grouped product on a GPU, one expert after the other elsewhere.
+its expert's W, A and B: by one grouped product on a GPU that has it, one expert after the other
+elsewhere.
 Llama 4's experts get every token, as zeros where they are not chosen; only the others are computed.
 Expert e has rows e r to (e + 1) r of A's matrix, and every E-th column from e on of B's.
 
@@ -39,7 +40,8 @@ from dtrain.models.expert_nf4 import ExpertStates, expert_states, holds_nf4
 
 NAME = "routed"  # of the implementation, in transformers' registry
 WRAPPERS = "lora_wrappers"  # attribute of an experts module: parameter → PEFT's wrapper
-ALIGNED_BYTES = 16  # of the rows that torch's grouped product reads
+GROUPED = (9, 10)  # major compute capabilities for which torch has a kernel of grouped products
+ALIGNED_BYTES = 16  # of the rows that it reads
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,8 @@ def _runs_grouped(*operands: Tensor) -> bool:
 
 @cache
 def _has_grouped_kernel(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether it is Hopper or Blackwell; on others torch waits for the device in every product."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in GROUPED
 
 
 def _is_aligned(operand: Tensor) -> bool:

@@ -197,6 +197,16 @@ def test_the_grouped_product_of_gpus_takes_what_it_is_given(
         torch.testing.assert_close(grouped, separate, rtol=2e-2, atol=2e-2)
 
 
+def test_experts_are_grouped_where_torch_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere torch's product is a loop that reads the groups from the device in each call."""
+    grouped = []
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, is_=capability: is_)
+        grouped.append(experts._has_grouped_kernel.__wrapped__(torch.device("cuda")))
+    assert grouped == [False, False, True, True, False]
+    assert not experts._has_grouped_kernel(CPU)
+
+
 def test_ten_steps_have_the_losses_of_pefts_target_parameters(write: Callable) -> None:
     folder = write("qwen3_moe")
     _, model = adapted(folder)
