@@ -62,6 +62,7 @@ RULES: list[tuple[str, int]] = [
      2 * HIDDEN),
     (r"kv_lora_rank|q_lora_rank|o_lora_rank|hidden_size_per_layer_input", HIDDEN // 2),
     (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts", 4),
+    (r"zero_expert_num", 2),
     (r"num_experts_per_tok(en)?|moe_topk|top_k_experts|moe_k|expert_selection_top_k", 2),
     (r"n_group|topk_group|num_expert_group|n_shared_experts|num_shared_experts"
      r"|first_k_dense_replace|num_dense_layers|num_nextn_predict_layers|num_mtp_layers"

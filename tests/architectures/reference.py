@@ -1,6 +1,6 @@
 """The same numbers by plain transformers, PEFT and torch: each document alone.
 
-Of dtrain it asks only which layers are not quantized, and which are routers and stay frozen.
+Of dtrain it asks only which weights are not quantized, and which are routers and stay frozen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from dtrain.models.expert_layers import router_layers
+from dtrain.models.expert_layers import expert_parameters, router_layers
 from dtrain.models.meta_model import build_meta_model, linear_layers
 from dtrain.models.quantize import nf4_layers
 
@@ -70,10 +70,7 @@ def spared(folder: Path) -> list[str]:
 def round_experts(model: nn.Module, folder: Path) -> None:
     """Round experts, which transformers leaves in 16 bits, to NF4: each stored matrix by itself."""
     stored = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
-    for name, p in model.named_parameters():
-        module = model.get_submodule(name.rpartition(".")[0])
-        if p.dim() != 3 or not hasattr(module, "num_experts"):
-            continue
+    for name, p in expert_parameters(model).items():
         apart = "gate_up" in name and any(".experts.0." in x for x in stored)
         for expert in p.data:
             for matrix in expert.chunk(2 if apart else 1):
@@ -182,6 +179,7 @@ def unadapted_experts(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def output_difference(left: nn.Module, right: nn.Module, texts: list[Tensor]) -> float:
     """Greatest difference of two models' logits, relative to the greatest logit (at least 1)."""
+    left.eval(), right.eval()  # a stage has dropout
     worst, scale = 0.0, 1.0
     for ids in texts:
         forget_longest(left)
