@@ -123,7 +123,8 @@ class AdapterMethod(AddedMethod[Settings]):
                     where="method.experts",
                     fix="method.experts=false, which adapts the other layers",
                 )
-            say(f"{what} stay as they are, without adapters")
+            stay = "stay unquantized" if self.traits.quantizes_base else "stay as they are"
+            say(f"{what} {stay}, without adapters")
         named = [name for name in named if name not in self.unused]
         if not isinstance(targets, str):
             named = match_names(named, targets)

@@ -29,7 +29,7 @@ from dtrain.distributed.tensor_utils import send
 from dtrain.models.kernels import varlen
 from dtrain.models.kernels.causal_attention import causal_attention, supports_causal_attention
 
-NAME = "documents"
+NAME, PROBE = "documents", "probe of arguments"
 
 
 @dataclass(frozen=True)
@@ -349,5 +349,51 @@ def _with_sink(
     return pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1)), torch.cat([scores, column], dim=3)
 
 
+@contextmanager
+def recording_arguments() -> Iterator[set[str]]:
+    """Collect the names of the tensors that a model passes to the attention PROBE.
+
+    Of those that `document_attention` could know nothing of, or that it needs: all but queries,
+    keys, values, a mask and positions.
+    """
+    names = set[str]()
+    token = _recorded.set(names)
+    try:
+        yield names
+    finally:
+        _recorded.reset(token)
+
+
+def _record_arguments(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention without values: [1, H, T, D] → [1, T, H, D of the values]."""
+    passed = {name for name, argument in kwargs.items() if isinstance(argument, Tensor)}
+    if key.shape[2] != query.shape[2]:  # it adds keys of its own
+        passed.add("key")
+    _recorded.get().update(passed - {"position_ids", "cache_position"})
+    return query.new_empty(*query.transpose(1, 2).shape[:3], value.shape[-1]), None
+
+
+class _MetaDocuments(Documents):
+    """The documents of a sequence on the meta device."""
+
+    def __getitem__(self, index: Any) -> Tensor:
+        tokens = sum(self.lengths)
+        return torch.empty(1, 1, tokens, tokens, dtype=torch.bool, device="meta")[index]
+
+
+def _meta_mask(q_length: int, **_: Any) -> Documents:
+    return _MetaDocuments((q_length,), None)
+
+
+_recorded: ContextVar[set[str]] = ContextVar("recorded")
+AttentionInterface.register(PROBE, _record_arguments)
+AttentionMaskInterface.register(PROBE, _meta_mask)
 AttentionInterface.register(NAME, document_attention)
 AttentionMaskInterface.register(NAME, document_mask)

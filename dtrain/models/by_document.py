@@ -25,6 +25,7 @@ from transformers.integrations import hub_kernels
 
 from dtrain.models.attention import known_document_lengths
 from dtrain.models.dropout import shared_key
+from dtrain.models.expert_layers import own_experts, router_layers
 from dtrain.models.meta_model import using_packages
 
 KEEPS_STATE = "set_linear_cache"  # method of transformers' caches, called by such layers
@@ -44,6 +45,21 @@ def separate_states(model: nn.Module) -> None:
             module.forward = partial(_each_document, module, module.forward)
             module.training = False
             module.train = partial(_train_inside, module)  # type: ignore[method-assign]
+
+
+def skip_hooks_of_experts(model: nn.Module) -> None:
+    """Let experts that code of the model's own computes call the layers inside without hooks."""
+    for name in set(own_experts(model)) - router_layers(model):
+        module = model.get_submodule(name)
+        if any(True for _ in module.children()):
+            module.forward = partial(_without_inner_hooks, module, module.forward)
+
+
+def _without_inner_hooks(
+    module: nn.Module, forward: Callable[..., Any], *inputs: Any, **more: Any
+) -> Any:
+    with without_hooks(module):
+        return forward(*inputs, **more)
 
 
 def _train_inside(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -87,7 +103,7 @@ def _each_document(
     lengths = _lengths(module, hidden_states)
     more = {name: value for name, value in more.items() if name not in BOUNDARIES}
     outputs, key = [], shared_key(module)
-    with _without_hooks(module), using_packages(on=_is_on_gpu(hidden_states)):
+    with without_hooks(module), using_packages(on=_is_on_gpu(hidden_states)):
         for start, stop in pairwise(accumulate(lengths, initial=0)):
             key.part = slice(start, stop)
             cut = partial(_cut, key.part, sum(lengths))
@@ -98,11 +114,12 @@ def _each_document(
 
 
 @contextmanager
-def _without_hooks(module: nn.Module) -> Iterator[None]:
+def without_hooks(module: nn.Module) -> Iterator[None]:
     """Call the layers inside of a module without their hooks.
 
     ZeRO-3 gathers the weights of a decoder layer as a whole. The hooks of layers inside would make
-    ranks wait for one another once a document, of which each rank has another number.
+    ranks wait for one another once a document, or once an expert that has tokens, of which each
+    rank has another number.
     """
     inner = [child for child in module.modules() if child is not module]
     hooks = [(child._forward_pre_hooks, child._forward_hooks) for child in inner]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +22,13 @@ from dtrain.core.files import read_json
 from dtrain.core.log import warn
 from dtrain.core.weight_files import check_complete, read_headers
 from dtrain.models import attention
-from dtrain.models.by_document import separate_states
+from dtrain.models.by_document import separate_states, skip_hooks_of_experts
 from dtrain.models.expert_layers import check_experts, fix_routers
 from dtrain.models.finite_weights import check_finite
 from dtrain.models.kernels import varlen
 from dtrain.models.meta_model import (
+    TOKENS,
+    MetaValueDefaults,
     auto_class,
     build_meta_model,
     first_line,
@@ -137,6 +138,7 @@ def freeze_for_training(model: PreTrainedModel, settings: schema.Model) -> PreTr
     forbid_repacking(model)
     rotate_by_document(model)
     separate_states(model)
+    skip_hooks_of_experts(model)
     fix_routers(model)
     model.config.use_cache = model.config.get_text_config().use_cache = False
     model.requires_grad_(False)
@@ -284,27 +286,42 @@ def _supported_attentions(config: PretrainedConfig) -> dict[str, None]:
         return bool(classes) and all(getattr(x, trait, False) for x in classes)
 
     has_sdpa, takes_any = declare("_supports_sdpa"), declare("_supports_attention_backend")
-    sinks = any(has_sinks(x) for x in classes)
-    changed = any(_computes_with_mask(x) for x in classes)
-    documents = takes_any and (has_sdpa or sinks) and not changed
+    arguments = attention_arguments(config)
+    sinks = "s_aux" in arguments  # sdpa would leave them out
+    documents = takes_any and (has_sdpa or sinks) and arguments <= {"s_aux"}
     support = {"eager": True, "sdpa": has_sdpa and not sinks, attention.NAME: documents}
     support["flash_attention_2"] = declare("_supports_flash_attn") and not sinks
     return {name: None for name, has in support.items() if has}
 
 
-def has_sinks(model_class: type[nn.Module]) -> bool:
-    """Whether a model passes the scores of a sink to its attention; sdpa would leave them out."""
-    return "s_aux=" in inspect.getsource(inspect.getmodule(model_class) or model_class)
+def attention_arguments(config: PretrainedConfig) -> set[str]:
+    """Names of what a model passes to its attention beyond queries, keys, values and a mask.
 
-
-def _computes_with_mask(model_class: type[PreTrainedModel]) -> bool:
-    """Whether a model changes its mask before attention, as sparse attention does.
-
-    "documents" would take no mask of that kind, and see all tokens of a document.
+    Sparse attention passes the tokens that it chose, or computes with its mask: "documents" would
+    see all tokens of a document. The mask is among the names if the model takes none but tensors.
     """
-    return "attention_mask.dtype" in inspect.getsource(
-        inspect.getmodule(model_class) or model_class
-    )
+    key = config.to_json_string(use_diff=False)
+    if key not in _arguments:
+        with attention.recording_arguments() as names:
+            if not _computes(config, attention.PROBE) and _computes(config, "eager"):
+                names.add("attention_mask")
+        _arguments[key] = names
+    return _arguments[key]
+
+
+_arguments: dict[str, set[str]] = {}  # by config: finding them takes a second
+
+
+def _computes(config: PretrainedConfig, name: str) -> bool:
+    """Whether a model computes a text on the meta device with an implementation of attention."""
+    ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    try:
+        model = build_meta_model(config, trust_remote_code=True, attention=name)
+        with silence_transformers(), MetaValueDefaults(), torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    except Exception:  # a model's code may raise anything on tensors without values
+        return False
+    return True
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from dtrain.models.expert_layers import expert_parameters
 from dtrain.models.expert_nf4 import expert_states
 from dtrain.models.kernels import experts
 from dtrain.models.kernels.patch import patch_modules
-from dtrain.models.load import load_base, read_config
+from dtrain.models.load import freeze_for_training, load_base, read_config
 from dtrain.models.packing_probe import probe_packing
 from dtrain.models.peft_format import file_key
 from dtrain.models.sharded_loading import stream_base
@@ -571,3 +571,15 @@ def test_experts_that_code_of_their_own_computes_stay_as_they_are(
     assert not any("router" in n for n in names)
     adapters(torch.arange(4, 24)[None], use_cache=False).logits.float().square().mean().backward()
     assert all(p.grad is not None for p in adapters.parameters() if p.requires_grad)
+
+
+def test_experts_of_their_own_code_call_no_hooks_inside(save_small: Callable) -> None:
+    """Ranks of ZeRO-3 would wait for one another once an expert that has tokens."""
+    model = AutoModelForCausalLM.from_config(save_small("dbrx", None))
+    freeze_for_training(model, schema.Model(base="unused"))
+    names = ["transformer.blocks.0.ffn", "transformer.blocks.0.ffn.experts.mlp"]
+    calls: list[str] = []
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    logits(model)
+    assert calls == names[:1]

@@ -238,6 +238,30 @@ def test_model_without_sdpa_uses_eager(name: str) -> None:
     assert "eager" in refused.value.fix
 
 
+SINKS = SMALL | {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
+PALIGEMMA = {
+    "text_config": SMALL | {"model_type": "gemma2", "head_dim": 8},
+    "vision_config": SMALL | {"image_size": 28, "patch_size": 14}, "projection_dim": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "attention"),
+    [
+        ("llama", SMALL, "documents"),
+        ("gpt_oss", SINKS, "documents"),
+        ("deepseek_v32", PACKED["deepseek_v32"][1], "sdpa"),
+        ("minimax_m3_vl_text", BLOCKS, "sdpa"),
+        ("paligemma", PALIGEMMA, "eager"),
+    ],
+)
+def test_models_that_choose_tokens_or_compute_with_their_mask_get_one(
+    kind: str, values: dict[str, Any], attention: str
+) -> None:
+    """What a model passes to its attention says so, and no name."""
+    assert resolve_attention("auto", configured(kind, values), CPU, torch.float32) == attention
+
+
 def test_flash_attention_is_for_models_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dtrain.models.load.is_flash_attn_2_available", lambda: True)
     gpu = torch.device("cuda")
