@@ -53,6 +53,7 @@ from dtrain.models.token_rows import (
     prepare_token_rows,
     token_row_parameters,
 )
+from dtrain.models.weight_reads import layers_read_outside_forward
 
 ADAPTER = "default"  # PEFT's name of the adapter that trains, inside a parameter's name
 
@@ -81,13 +82,6 @@ class AdapterMethod(AddedMethod[Settings]):
         if frozen := routers(model) - trained:
             say(f"the routers of {len(frozen)} layers stay frozen")
         barred = self.barred_layers(model)
-        if barred and self.traits.quantizes_base:
-            raise UserError(
-                f"{model.config.model_type!r} has layers that PEFT does not adapt, and is not "
-                "computed in NF4 as it is merged",
-                where="method.kind",
-                fix="a base in 16 bits: method.kind=lora",
-            )
         self.experts = self._expert_targets(model)
         experts = [*expert_parameters(model)] if self.settings.adapts_experts else []
         chosen, choosing = self.settings.target_modules, router_layers(model)
@@ -322,6 +316,8 @@ def resolve_targets(
 ) -> str | list[str]:
     """The modules for PEFT to adapt; it ignores a target without a match if another one has one.
 
+    Other code that reads a layer's weight would pass over its adapter, so it gets none.
+
     Args:
         unused: layers that no text reaches, or whose weight is read without calling them; an
             adapter there would never get a gradient.
@@ -334,10 +330,12 @@ def resolve_targets(
         UserError: a target that names no linear layer, only unused ones, or one that trains whole.
     """
     output = model.get_output_embeddings()
-    layers = linear_layers(model)
+    layers, read = linear_layers(model), layers_read_outside_forward(model) - unused
     if isinstance(target_modules, str):
         named = {n for n, m in layers.items() if m is not output}
-        matched = named - saved - barred - routers
+        matched = named - saved - barred - read - routers
+        if passed := summarize_names(read & named):
+            say(f"no adapters where other code of the model reads the weight: {passed}")
         if barred:
             summary = summarize_names(barred)
             say(f"{len(barred)} layers get no adapter, as PEFT has none for them: {summary}")
@@ -349,6 +347,12 @@ def resolve_targets(
                 f"{chosen[0]} is a router, which gets no adapter",
                 where="method.target_modules",
                 fix="leave it out; method.router=train trains it whole",
+            )
+        if chosen := sorted(matched & read):
+            raise UserError(
+                f"{chosen[0]} gets no adapter: other code of the model reads its weight",
+                where="method.target_modules",
+                fix="leave it out; where other layers end in that name, name those whole",
             )
         _check_targets(model, target_modules, layers, experts)
         if both := sorted(matched & saved):

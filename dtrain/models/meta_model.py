@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 from typing import Any, ClassVar, NoReturn
@@ -169,7 +169,7 @@ def _find_unused_towers(model: PreTrainedModel) -> list[str]:
     for training in (False, True):
         try:
             with touched, MetaValueDefaults(), torch.no_grad():
-                _forward(model.train(training))
+                forward_meta(model.train(training))
         except Exception:  # as in `_used`
             return []
     names: list[str] = []
@@ -265,78 +265,11 @@ def unused_linear_layers(model: PreTrainedModel) -> set[str]:
     return {n for n, layer in layers.items() if layer not in called or layer.weight not in used}
 
 
-def layers_read_outside_forward(model: PreTrainedModel) -> set[str]:
-    """Names of the linear layers whose weight other code of the model reads or changes.
-
-    That code would take the bits of a packed weight for numbers: Gemma 3n clamps one, RWKV divides
-    some in evaluation mode.
-
-    Args:
-        model: from `build_meta_model`.
-
-    Returns:
-        Those found until the forward pass needed values, in training and in evaluation mode.
-    """
-    layers = linear_layers(model)
-    reads = WeightReadRecorder({layer.get_parameter("weight"): layer for layer in layers.values()})
-    hooks = [
-        hook
-        for layer in layers.values()
-        for hook in (
-            layer.register_forward_pre_hook(lambda module, _: reads.running.add(module)),
-            layer.register_forward_hook(lambda module, *_: reads.running.discard(module)),
-        )
-    ]
-    for training in (False, True):
-        model.train(training)
-        reads.running.clear()
-        with suppress(Exception), reads, MetaValueDefaults(), torch.no_grad():  # as in `_used`
-            _forward(model)
-    for hook in hooks:
-        hook.remove()
-    return {name for name, layer in layers.items() if layer in reads.read}
-
-
-class WeightReadRecorder(TorchFunctionMode):
-    """Records the weights that are used outside their own layer's forward.
-
-    Attributes:
-        running: layers whose forward is running.
-        read: layers whose weight was used while their forward was not running.
-    """
-
-    METADATA: ClassVar[set[Any]] = {  # correct for a packed weight too
-        torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.device.__get__,
-        torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.is_meta.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.size,
-        torch.Tensor.dim,
-    }
-
-    def __init__(self, owners: dict[Tensor, nn.Module]) -> None:
-        super().__init__()
-        self._owners = owners
-        self.running: set[nn.Module] = set()
-        self.read: set[nn.Module] = set()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func not in self.METADATA:
-            for value in (*args, *(kwargs or {}).values()):
-                owner = self._owners.get(value) if isinstance(value, nn.Parameter) else None
-                if owner is not None and owner not in self.running:
-                    self.read.add(owner)
-        return func(*args, **(kwargs or {}))
-
-
 def _used(model: PreTrainedModel) -> set[Tensor] | None:
     """The parameters that the logits depend on; None if the forward pass needs values."""
     try:
         with MetaValueDefaults(), torch.enable_grad():
-            logits = _forward(model.requires_grad_(True))
+            logits = forward_meta(model.requires_grad_(True))
     except Exception:  # a model's code may raise anything on tensors without values
         return None
     return _leaves(logits)
@@ -347,7 +280,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
 
 
-def _forward(model: PreTrainedModel) -> Tensor:
+def forward_meta(model: PreTrainedModel) -> Tensor:
+    """The logits of a text; a model's code may raise anything on tensors without values."""
     input_ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
     return logits

@@ -22,13 +22,13 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dtrain.core.errors import UserError
-from dtrain.models.expert_layers import router_layers
+from dtrain.models.expert_layers import expert_parameters, router_layers
 from dtrain.models.kernels import native
 from dtrain.models.meta_model import (
-    layers_read_outside_forward,
     linear_layers,
     unused_linear_layers,
 )
+from dtrain.models.weight_reads import layers_read_outside_forward
 
 PER_FLOAT = 8  # 4-bit weights in a float32
 WITHOUT_NF4 = "a base in 16 bits: method.kind=lora, dora, …, without method.quantize"
@@ -84,36 +84,44 @@ def check_quantized(model: nn.Module, names: Iterable[str]) -> None:
 def nf4_layers(model: PreTrainedModel) -> set[str]:
     """Names of the linear layers to quantize.
 
-    All that a text reaches, except routers and the output matrix.
-
     Args:
         model: from `build_meta_model`, so that errors come before anything is loaded.
 
     Raises:
         UserError: a layer is not torch's own Linear (bitsandbytes would skip it, or pack it
             transposed, which no merge could undo), its packed weight does not fill whole floats, or
-            other code of the model reads its weight.
+            nothing would be in NF4.
     """
-    output, left_out = model.get_output_embeddings(), unused_linear_layers(model)
+    layers = packable_layers(model)
+    for name, module in layers.items():
+        if type(module) is not nn.Linear or module.weight.numel() % PER_FLOAT:
+            raise _layer_not_nf4(name, module)
+    if not layers and not expert_parameters(model):
+        message = f"nothing of {model.config.model_type!r} can be quantized to NF4"
+        raise UserError(message, where="method.kind", fix=WITHOUT_NF4)
+    return set(layers)
+
+
+def packable_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """The linear layers that belong in NF4, by name, whether bitsandbytes can pack them or not.
+
+    All that a text reaches, except routers, the output matrix, and layers whose weight other code
+    of the model reads: it would take packed bits for numbers.
+
+    Args:
+        model: from `build_meta_model`.
+    """
+    output = model.get_output_embeddings()
     # transformers also spares the last module: in Gemma 3n a projection, not the head
     spared = [] if output is not None else get_keys_to_not_convert(model)
     spared += model._keep_in_fp32_modules or ()
-    left_out |= router_layers(model)
-    layers = {
+    left_out = unused_linear_layers(model) | router_layers(model)
+    left_out |= layers_read_outside_forward(model)
+    return {
         name: module
         for name, module in linear_layers(model).items()
         if module is not output and should_convert_module(name, spared) and name not in left_out
     }
-    for name, module in layers.items():
-        if type(module) is not nn.Linear or module.weight.numel() % PER_FLOAT:
-            raise _layer_not_nf4(name, module)
-    if read := sorted(layers.keys() & layers_read_outside_forward(model)):
-        raise UserError(
-            f"the model's code reads the weight of {read[0]}, which NF4 packs",
-            where="method.kind",
-            fix=WITHOUT_NF4,
-        )
-    return set(layers)
 
 
 def _layer_not_nf4(name: str, module: Any) -> UserError:

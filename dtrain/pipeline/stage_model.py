@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import GenerationConfig
 
@@ -33,14 +34,16 @@ from dtrain.merge.from_checkpoint import read_parameter, trained_weights
 from dtrain.merge.merge import MergeJob, check_mergeable, default_processes
 from dtrain.merge.merge_inputs import adapter_input
 from dtrain.merge.nf4 import Nf4Base
-from dtrain.methods.base import MethodContext
+from dtrain.methods.base import MethodContext, summarize_names
 from dtrain.methods.new_tokens import check_new_tokens
 from dtrain.models.by_document import missing_packages
 from dtrain.models.embedding_noise import add_embedding_noise
+from dtrain.models.expert_nf4 import holds_nf4
 from dtrain.models.kernels import compiled
 from dtrain.models.kernels.patch import apply_kernels, compile_ahead
 from dtrain.models.load import parameter_counts
 from dtrain.models.loss import transformers_model
+from dtrain.models.meta_model import linear_layers
 from dtrain.models.peft_format import base_reference
 from dtrain.models.sharded_loading import StreamedModel, stream_base
 from dtrain.pipeline.initial_adapter import open_initial_adapter
@@ -104,13 +107,24 @@ def _method_context(setup: StageSetup) -> MethodContext:
 def _open_base(setup: StageSetup) -> StreamedModel:
     """The base without storage, whose blocks are loaded one by one."""
     method = setup.method
-    return stream_base(
+    streamed = stream_base(
         setup.base,
         setup.recipe.model,
         quantized=method.traits.quantizes_base,
         dtype=method.base_dtype(setup.dtype),
         device=setup.world.device,
     )
+    if method.traits.quantizes_base:
+        _say_what_is_packed(streamed.model)
+    return streamed
+
+
+def _say_what_is_packed(model: nn.Module) -> None:
+    layers = linear_layers(model)
+    others = [name for name, layer in layers.items() if not isinstance(layer, Linear4bit)]
+    experts = " and the experts" if any(map(holds_nf4, model.modules())) else ""
+    kept = f", not {len(others)} others: {summarize_names(others)}" if others else ""
+    say(f"{len(layers) - len(others)} linear layers{experts} are in NF4{kept}")
 
 
 def _check_merge(setup: StageSetup, model: torch.nn.Module) -> None:

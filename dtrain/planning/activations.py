@@ -209,8 +209,7 @@ def dequantized_bytes(workload: Workload) -> float:
     """Bytes of the largest NF4 weight, dequantized while it computes."""
     if not workload.traits.quantizes_base:
         return 0.0
-    largest = max(x.elements // x.experts for x in workload.shape.linears)
-    return float(workload.element_bytes * largest)
+    return float(workload.element_bytes * workload.shape.largest_packed)
 
 
 def backward_bytes(workload: Workload, profile: TrainerProfile = DTRAIN) -> float:

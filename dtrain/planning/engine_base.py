@@ -210,7 +210,7 @@ class EngineModel(ABC):
         workload, shape = self.workload, self.workload.shape
         kept = teacher.kept_bytes(workload)
         if workload.traits.quantizes_base:
-            kept += NF4_SCALE_BYTES * shape.linear_elements
+            kept += NF4_SCALE_BYTES * shape.packed_elements
         if workload.offload:
             return kept
         frozen = 1 - workload.trained_share if workload.traits.trains_base else 0.0
@@ -304,9 +304,8 @@ class EngineModel(ABC):
 
         Nothing else exists yet, and when the last block arrives the rank has all other shares.
         """
-        workload, largest = self.workload, 0
-        if workload.traits.quantizes_base:
-            largest = max(x.elements // x.experts for x in workload.shape.linears)
+        workload = self.workload
+        largest = workload.shape.largest_packed if workload.traits.quantizes_base else 0
         blocks = (self.layer, self.outer)
         whole = max(sum(x.kept * x.elements for x in block) for block in blocks)
         is_sharded = workload.capabilities.shards_base and workload.shard > 1

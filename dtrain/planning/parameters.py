@@ -71,7 +71,7 @@ def layer_parameters(
     trains = workload.traits.trains_base and not frozen
     base = _base_parameter(workload, train_bytes, trains=trains)
     for linear in shape.linears:
-        if workload.traits.quantizes_base:
+        if workload.traits.quantizes_base and linear.packable:
             parameters.append(_packed(linear, workload))
         else:
             here = trains and bool(workload.layers_that_train(linear))

@@ -20,6 +20,7 @@ class LinearShape:
         active: how many of them a token is multiplied with.
         layers: numbers of the decoder layers that have it; empty: all.
         adaptable: it can get an adapter.
+        packable: a base in NF4 holds it in 4 bits.
     """
 
     name: str
@@ -30,6 +31,7 @@ class LinearShape:
     active: int = 1
     layers: tuple[int, ...] = ()
     adaptable: bool = True
+    packable: bool = True
 
     @property
     def elements(self) -> int:
@@ -152,8 +154,20 @@ class ModelShape:
 
     @property
     def linear_elements(self) -> int:
-        """Weights of the linear layers of all decoder layers: what NF4 quantizes."""
+        """Weights of the linear layers of all decoder layers."""
         return sum(kind.layers * sum(x.elements for x in kind.linears) for kind in self.kinds)
+
+    @property
+    def packed_elements(self) -> int:
+        """Those of `linear_elements` that NF4 quantizes."""
+        packed = ((kind, x) for kind in self.kinds for x in kind.linears if x.packable)
+        return sum(kind.layers * x.elements for kind, x in packed)
+
+    @property
+    def largest_packed(self) -> int:
+        """Weights of the largest matrix that NF4 quantizes; 0 if there is none."""
+        packed = (x.elements // x.experts for x in self.linears if x.packable)
+        return max(packed, default=0)
 
     @property
     def active_linear_elements(self) -> int:

@@ -129,7 +129,7 @@ def dequantize_seconds(workload: Workload, gpu: Gpu) -> float:
         return 0.0
     passes = 2 + workload.checkpointing + workload.extra_forwards
     bandwidth = gpu.memory_gb_s * 1e9
-    return passes * DEQUANTIZE_BYTES * workload.shape.linear_elements / bandwidth
+    return passes * DEQUANTIZE_BYTES * workload.shape.packed_elements / bandwidth
 
 
 def communication_seconds(workload: Workload, cluster: Cluster) -> float:

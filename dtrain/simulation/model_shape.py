@@ -37,6 +37,7 @@ from dtrain.models.meta_model import (
     unused_parameters,
     unused_towers,
 )
+from dtrain.models.quantize import packable_layers
 from dtrain.planning.architectures import KERNELS_OF_MEMORY
 from dtrain.planning.shapes import LinearShape, ModelShape, join_layers
 
@@ -81,6 +82,7 @@ class _Description:
             for name, layer in linear_layers(model).items()
             if name not in self._routers
         }
+        self._packable = packable_layers(model).keys()
         adapted = build_method(Lora(kind="lora", r=1)).attach(model, seed=0, device=device("meta"))
         self._adapted = {
             name.removeprefix("base_model.model.")
@@ -172,8 +174,14 @@ class _Description:
     def _linears_of(self, start: str) -> Iterator[LinearShape]:
         for name, (inputs, outputs, bias) in self._linears.items():
             if name.startswith(start):
-                inner, adaptable = name.removeprefix(start), name in self._adapted
-                yield LinearShape(inner, inputs, outputs, bias, adaptable=adaptable)
+                yield LinearShape(
+                    name.removeprefix(start),
+                    inputs,
+                    outputs,
+                    bias,
+                    adaptable=name in self._adapted,
+                    packable=name in self._packable,
+                )
         for name, transposed in self._transposed.items():
             if name.startswith(start):
                 experts, rows, columns = self._parameters[name]

@@ -61,7 +61,7 @@ def train(base: Path, folder: Path, method: Method) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
-@pytest.mark.parametrize("wrapper", [*WRAPPERS, "hrm_text"])
+@pytest.mark.parametrize("wrapper", [*WRAPPERS, "hrm_text", "mamba", "gemma3n_text"])
 def test_merged_wrapper_equals_the_adapter_on_its_base(
     tmp_path: Path, save_small: Callable, wrapper: str, kind: str
 ) -> None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dtrain.config import schema
 from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import UserError
 from dtrain.methods.base import build_method
+from dtrain.models import expert_nf4
 from dtrain.models.expert_layers import router_layers
 from dtrain.models.meta_model import linear_layers
+from dtrain.models.sharded_loading import stream_base
 from dtrain.planning.activations import saved_bytes
 from dtrain.planning.architectures import shape_of
 from dtrain.planning.engine_models import build_engine_model
@@ -60,8 +65,8 @@ UNIFORM = SMALL | EXPERTS | {"model_type": "qwen3_moe", "head_dim": 32}
 UNIFORM |= {"moe_intermediate_size": 48}  # no matrix is square
 
 
-def model_of(config: dict[str, Any]) -> Any:
-    with torch.device("meta"):
+def model_of(config: dict[str, Any], device: str = "meta") -> Any:
+    with torch.device(device):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
 
 
@@ -103,6 +108,26 @@ def test_full_fine_tuning_trains_all_but_the_routers(name: str) -> None:
     idle = shape.parameters - shape.active_parameters
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     assert job.trained_active_elements == matrices + experts - idle
+
+
+@pytest.mark.parametrize("name", ["states", "hybrid", "latent"])
+def test_nf4_takes_the_bytes_of_the_loaded_model(name: str, tmp_path: Path) -> None:
+    model_of(CONFIGS[name], "cpu").to(torch.bfloat16).save_pretrained(tmp_path)
+    settings = schema.Model(base=str(tmp_path))
+    base = stream_base(
+        tmp_path, settings, quantized=True, dtype=torch.bfloat16, device=torch.device("cpu")
+    )
+    adapted = build_method(Lora(kind="qlora", r=8)).attach(base.model, seed=0)
+    base.materialize(adapted)
+    kept = sum(p.numel() * p.element_size() for p in adapted.parameters())
+    job = workload(described(CONFIGS[name]), method=Lora(kind="qlora", r=8))
+    engine = build_engine_model(job)
+    counted = sum(n * sum(x.kept * x.elements for x in layer) for n, layer in engine.kinds)
+    assert counted + sum(x.kept * x.elements for x in engine.outer) == kept
+    modules = [*adapted.modules()]
+    packed = [m.quant_state.shape for m in modules if isinstance(m, Linear4bit)]
+    packed += [x.shape for m in modules for x in getattr(m, expert_nf4.STATES, {}).values()]
+    assert job.shape.packed_elements == sum(map(prod, packed))
 
 
 @pytest.mark.parametrize(
