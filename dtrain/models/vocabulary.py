@@ -55,7 +55,9 @@ def vocabulary_tensors(folder: Path, config: PretrainedConfig, trust_remote_code
         UserError: it has others than plain floats with a row for each token.
     """
     wider, rows = deepcopy(config), config.get_text_config(decoder=True).vocab_size
-    set_rows(vars(wider.get_text_config(decoder=True)), rows, rows + WIDER)
+    text = wider.get_text_config(decoder=True)
+    set_rows(vars(text), rows, rows + WIDER)
+    text.vocab_size = rows + WIDER  # which some configs keep under another name
     model = build_meta_model(config, trust_remote_code)
     entries = model.state_dict(keep_vars=True)
     larger = build_meta_model(wider, trust_remote_code).state_dict(keep_vars=True)
