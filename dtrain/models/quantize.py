@@ -6,6 +6,7 @@ that gives the same bits in a twelfth of the time, which is most of loading or m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from ctypes import CDLL
 from functools import cache
@@ -17,7 +18,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -25,6 +26,7 @@ from dtrain.core.errors import UserError
 from dtrain.models.expert_layers import expert_parameters, router_layers
 from dtrain.models.kernels import native
 from dtrain.models.meta_model import (
+    build_meta_model,
     linear_layers,
     unused_linear_layers,
 )
@@ -122,6 +124,20 @@ def packable_layers(model: PreTrainedModel) -> dict[str, Any]:
         for name, module in linear_layers(model).items()
         if module is not output and should_convert_module(name, spared) and name not in left_out
     }
+
+
+def names_to_skip(config: PretrainedConfig, trust_remote_code: bool) -> list[str]:
+    """Ends of the names of layers that transformers would quantize, though other code reads them.
+
+    Returns:
+        A value for llm_int8_skip_modules; empty if there are none.
+    """
+    model = build_meta_model(config, trust_remote_code)
+    if not (read := layers_read_outside_forward(model)):
+        return []
+    output = model.get_output_embeddings()
+    kept = read | {name for name, layer in linear_layers(model).items() if layer is output}
+    return sorted({re.split(r"\.\d+\.", name)[-1] for name in kept})
 
 
 def _layer_not_nf4(name: str, module: Any) -> UserError:

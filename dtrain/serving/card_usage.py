@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,15 @@ from dtrain.serving.run_models import ServedRun
 from dtrain.serving.vllm import command, max_rank, refusals
 
 auto_classes: Any = LazyModule("transformers.models.auto.modeling_auto")
+load: Any = LazyModule("dtrain.models.load")
+quantize: Any = LazyModule("dtrain.models.quantize")
 CAUSAL = "AutoModelForCausalLM"
 # Stands for the folder or the hub id of what the card describes.
 PLACEHOLDER = "THIS_MODEL"
 BASE_PLACEHOLDER = "BASE_MODEL"
 _NF4 = """\
 quantization_config=BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True{more}
     ),
     """
 
@@ -71,8 +74,9 @@ def adapter_usage(run: ServedRun, stage: Stage) -> Usage:
     if reasons := refusals(adapter):
         notes.append(f"vLLM does not serve it unmerged: {'; '.join(reasons)}.")
     serve = "" if reasons else _serve_command(adapter, base, trusts_code)
-    loader = _auto_class(_local_folder(run.base_of(stage), run.recipe.model.revision))
-    code = _peft_code(base, loader, adapter.origin.base_in_nf4, trusts_code)
+    local = _local_folder(run.base_of(stage), run.recipe.model.revision)
+    nf4 = nf4_code(local, trusts_code) if adapter.origin.base_in_nf4 else ""
+    code = _peft_code(base, _auto_class(local), nf4, trusts_code)
     if is_first and run.recipe.model.tokens is not None:
         code = _with_new_tokens(code, trusts_code)
     return Usage(code, serve, tuple(notes))
@@ -139,9 +143,24 @@ def _wrapper_code(loader: str, chats: bool) -> str:
     )
 
 
-def _peft_code(base: str, loader: str, in_nf4: bool, trusts_code: bool) -> str:
+def nf4_code(folder: Path | None, trusts_code: bool) -> str:
+    """The argument with which transformers quantizes the layers of a base that dtrain does.
+
+    Args:
+        folder: as for `_auto_class`.
+    """
+    names: list[str] = []
+    if folder is not None:
+        config = load.read_config(folder, trust_remote_code=trusts_code)
+        names = quantize.names_to_skip(config, trusts_code)
+    return _NF4.format(
+        more=f",\n        llm_int8_skip_modules={json.dumps(names)}" if names else ""
+    )
+
+
+def _peft_code(base: str, loader: str, quantized: str, trusts_code: bool) -> str:
     trust = ", trust_remote_code=True" if trusts_code else ""
-    quantized, imported = (_NF4, ", BitsAndBytesConfig") if in_nf4 else ("", "")
+    imported = ", BitsAndBytesConfig" if quantized else ""
     return (
         "from peft import PeftModel\n"
         f"from transformers import {loader}, AutoTokenizer{imported}\n"

@@ -7,15 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
 from huggingface_hub import ModelCard
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from dtrain.config.load import load_recipe
 from dtrain.core.files import read_sealed
 from dtrain.merge.verify import verify_model
+from dtrain.models.meta_model import build_meta_model
+from dtrain.models.quantize import nf4_layers
 from dtrain.monitoring.run_record import RunRecord
 from dtrain.samples.make import ensure
-from dtrain.serving.card_usage import PLACEHOLDER, model_usage
+from dtrain.serving.card_usage import PLACEHOLDER, model_usage, nf4_code
 from dtrain.serving.model_card import (
     adapter_card,
     base_model,
@@ -47,6 +51,21 @@ def test_cards_beside_the_results_of_a_run_are_outside_of_its_hashes(run: Path) 
     (merged / "README.md").unlink()  # a run of an older dtrain gets one
     write_stage_cards(ServedRun(run, recipe), recipe.stages[1])
     assert (merged / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba", "gemma3n_text"])
+def test_code_for_an_adapter_quantizes_the_layers_that_training_did(
+    tmp_path: Path, save_small: Callable, kind: str
+) -> None:
+    """transformers would pack Mamba's dt_proj, whose weight its code reads."""
+    save_small(kind, tmp_path)
+    code = nf4_code(tmp_path, trusts_code=False)
+    assert ("skip_modules" in code) == (kind != "llama")
+    settings = eval(f"dict({code})", {"BitsAndBytesConfig": BitsAndBytesConfig})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **settings, device_map={"": "cpu"})
+    packed = {n for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    assert packed == nf4_layers(build_meta_model(model.config))
+    model(torch.arange(4, 24)[None], use_cache=False)
 
 
 @pytest.mark.parametrize("chats", [False, True])
