@@ -236,7 +236,7 @@ class EngineModel(ABC):
         return self.loaded_bytes + self.workload.element_bytes * copied
 
     @property
-    def optimizer_ranks(self) -> int:
+    def optimizer_ranks(self) -> float:
         """Ranks among which the optimizer's state is divided."""
         capabilities = self.workload.capabilities
         if not capabilities.shards_optimizer:

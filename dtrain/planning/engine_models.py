@@ -71,11 +71,22 @@ class Fsdp2Model(EngineModel):
         return parameter.row_share(self.workload.shard)
 
     @property
+    def optimizer_ranks(self) -> float:
+        """Ranks that share what trains, fewer where the fullest has more rows than an even share.
+
+        Experts are rows: 48 ranks share 32 experts as 32 ranks do.
+        """
+        groups = [*self.kinds, (1, self.outer)]
+        even = sum(n * x.elements for n, group in groups for x in group if x.trains)
+        fullest = sum(n * _trained_rows(group, self.workload.shard) for n, group in groups)
+        return even / fullest
+
+    @property
     def gradient_bytes(self) -> float:
         """An adapter's gradients stay whole until the last micro-batch, and are reduced once."""
         workload = self.workload
         is_whole = not workload.method.trains_whole_modules and workload.accumulation > 1
-        shares = 1 if is_whole else workload.shard
+        shares = 1 if is_whole else self.optimizer_ranks
         return self.profile.train_bytes * workload.trainable / shares
 
     def gather_points(self) -> Iterator[GatherPoint]:

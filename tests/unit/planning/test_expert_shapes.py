@@ -13,6 +13,7 @@ from dtrain.config.methods import Full, Lora
 from dtrain.methods.base import build_method
 from dtrain.planning.activations import layer_bytes
 from dtrain.planning.architectures import ARCHITECTURES, shape_of
+from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.known_models import KNOWN, find_config
 from dtrain.planning.parameters import layer_parameters
 from dtrain.planning.speed import flops_per_token
@@ -110,6 +111,15 @@ def test_time_and_activations_depend_on_active_experts() -> None:
     packed = replace(few, method=Lora(kind="qlora", r=8))
     stored = sum(x.kept * x.elements for x in layer_parameters(packed) if not x.trains)
     assert stored < 0.3 * sum(x.kept * x.elements for x in layer_parameters(few) if not x.trains)
+
+
+def test_a_rank_under_fsdp2_has_whole_experts() -> None:
+    config = CONFIGS["openai/gpt-oss-20b"]  # 32 experts
+    one = replace(workload(config), engine="fsdp2", method=Full(kind="full"))
+    few, many = (build_engine_model(replace(one, ranks=n, shard=n)) for n in (32, 48))
+    assert few.optimizer_bytes == pytest.approx(8 * one.trainable / 32, rel=0.01)
+    assert many.optimizer_bytes == pytest.approx(few.optimizer_bytes, rel=0.03)
+    assert many.gradient_bytes == pytest.approx(few.gradient_bytes, rel=0.03)
 
 
 def test_full_fine_tuning_trains_attention_sinks() -> None:
