@@ -13,8 +13,9 @@ FOLDER = Path(__file__).parent
 SECONDS = 600
 # What is unlike: fused matrices, tied and capped heads, two kinds of attention, alibi, rope by
 # length, no sdpa, transposed layers, nested experts, states over a sequence, an image tower, a
-# decoder that is none, parts that the loss does not reach. What llama's line says, tests/distributed
-# shows: test_golden.py of engines, kernels and methods, test_methods.py against PEFT and transformers.
+# decoder that is none, parts that the loss does not reach. What llama's line says,
+# tests/distributed shows: test_golden.py of engines, kernels and methods, test_methods.py against
+# PEFT and transformers.
 FAMILIES = [
     "bert",
     "bloom",
