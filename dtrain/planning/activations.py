@@ -77,8 +77,7 @@ def _layer_bytes(workload: Workload, profile: TrainerProfile) -> float:
     """The same, where all decoder layers are alike."""
     shape, e = workload.shape, workload.element_bytes
     scores = 4 * shape.heads
-    # All scores are stored: capped or with a sink's, softmax in float32, input of the dropout.
-    if shape.soft_cap or shape.sinks:
+    if shape.soft_cap:  # all scores are stored: capped, softmax in float32, input of the dropout
         scores += (2 * e + 4) * shape.heads * workload.sequence_length
     spares = MLPS in workload.kernels and not shape.experts  # experts keep all three
     mlp = (2 if spares else 3) * shape.mlp

@@ -326,7 +326,7 @@ def _gpt_oss(kind: str, config: dict[str, Any]) -> ModelShape:
     shape = _decoder(kind, config, qkv_bias=biased, o_bias=biased)
     number, width = _experts(config), int(config["intermediate_size"])
     shape = _with_experts(shape, config, number, width=width, bias=True)
-    return replace(shape, others=((shape.heads, 1),), sinks=True)
+    return replace(shape, others=((shape.heads, 1),))  # sinks
 
 
 def _glm4_moe(kind: str, config: dict[str, Any]) -> ModelShape:

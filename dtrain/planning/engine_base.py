@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from dtrain.planning import teacher
@@ -151,13 +151,7 @@ class EngineModel(ABC):
         return max(self.moments(), key=lambda moment: moment.peak)
 
     def least_bytes(self) -> float:
-        """The peak that remains for any data: there are as many logits as targets.
-
-        Where attention stores the scores of each document, documents are short.
-        """
-        if self.workload.shape.has_sinks:
-            short = replace(self.workload, shape=self.workload.shape.without_sinks())
-            return type(self)(short, self.profile).least_bytes()
+        """The peak that remains for any data: there are as many logits as targets."""
         moments = self.moments()
         if not self.workload.trains_on_all_tokens:
             moments = [moment for moment in moments if moment.moment != "loss"]

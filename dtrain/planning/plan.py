@@ -221,11 +221,6 @@ def list_caveats(workload: Workload, cluster: Cluster) -> list[str]:
         caveats.append("the hours leave out the teacher's forward pass before the training")
     if workload.shape.soft_cap:
         caveats.append("attention with capped scores needs memory quadratic in sequence length")
-    if workload.shape.has_sinks:
-        caveats.append(
-            "attention with sinks needs memory quadratic in the length of documents, which are "
-            "counted as long as a sequence"
-        )
     if not has_published_speed(cluster.gpu):
         caveats.append(f"there is no published speed of {cluster.gpu.name}")
     if cluster.nodes > 1:

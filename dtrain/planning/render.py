@@ -126,12 +126,10 @@ def _memory_items(stage: StagePlan) -> Iterator[tuple[str, str]]:
     """The terms of a GPU's memory at the peak, and the verdict."""
     memory, fit = stage.memory, stage.fit
     yield "GPU memory", " + ".join(_visible_terms(memory.terms().items(), memory.peak))
-    every, few = "", ""
-    if fit.lower < memory.peak:
-        every, few = " for every token", " if few tokens are targets"
-        if memory.moment != "loss":
-            every, few = " for documents as long as a sequence", " if documents are short"
+    has_fewer_logits = fit.lower < memory.peak
+    every = " for every token" if has_fewer_logits else ""
     yield "", f"= {size(memory.peak)} of tensors at the peak, {MOMENTS[memory.moment]}{every}"
+    few = " if few tokens are targets" if has_fewer_logits else ""
     needed = f"at least {size(fit.lower)}{few}, budget {size(fit.budget)} of {size(fit.usable)}"
     yield "", f"{needed}: {fit.verdict}"
 

@@ -72,7 +72,6 @@ class ModelShape:
         norms: norms over h in one decoder layer.
         tied: the output matrix is the embedding matrix.
         soft_cap: attention scores are capped, which needs the attention that stores all scores.
-        sinks: attention has sinks, whose scores are a tensor of all pairs of tokens for each head.
         router: rows and columns of the router's weight; its bias, if it has one, is a column.
         others: rows and columns of the other parameters of one decoder layer, such as attention
             sinks.
@@ -101,7 +100,6 @@ class ModelShape:
     norm_elements: int
     norms: int
     soft_cap: bool = False
-    sinks: bool = False
     router: tuple[int, int] = (0, 0)
     others: tuple[tuple[int, int], ...] = ()
     kernels: frozenset[str] = frozenset()
@@ -126,16 +124,6 @@ class ModelShape:
     def experts(self) -> tuple[LinearShape, ...]:
         """Those of `linears` that are experts'."""
         return tuple(x for x in self.linears if x.experts > 1)
-
-    @property
-    def has_sinks(self) -> bool:
-        """Attention of some layers has sinks."""
-        return any(kind.sinks for kind in self.kinds)
-
-    def without_sinks(self) -> ModelShape:
-        """The same model, as far as memory is concerned, where all documents are short."""
-        blocks = tuple(replace(block, sinks=False) for block in self.blocks)
-        return replace(self, sinks=False, blocks=blocks)
 
     @property
     def q(self) -> int:

@@ -29,7 +29,6 @@ from dtrain.models.expert_layers import (
     router_layers,
 )
 from dtrain.models.kernels.patch import patch_modules
-from dtrain.models.load import attention_arguments
 from dtrain.models.meta_model import (
     build_meta_model,
     linear_layers,
@@ -72,7 +71,6 @@ class _Description:
         layers = [layer for layer in decoder_layers(model) if layer in decoder]
         self._layers = {names[layer]: layer for layer in layers}
         self._routers = router_layers(model)
-        self._has_sinks = "s_aux" in attention_arguments(config)
         self._parameters = {n: p.shape for n, p in model.named_parameters()}
         self._matrix = next(n for n, p in model.named_parameters() if p is self._input_matrix)
         self._modules = dict(_leaf_modules(model))
@@ -160,7 +158,6 @@ class _Description:
             norm_elements=h * len(norms),
             norms=len(norms),
             soft_cap=getattr(self._config, "attn_logit_softcapping", None) is not None,
-            sinks=attention is not None and self._has_sinks,
             router=_joined([own[n] for n in routers]),
             others=tuple(_size(s) for n, s in rest.items() if n not in norms),
             saved=sum(map(self._saved, linears)) + sum(map(_convolved, mixers.values())),
