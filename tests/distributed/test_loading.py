@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 SHORT = [
@@ -51,6 +52,19 @@ def base(cache: Path, tmp_path: Path, save_small: Callable, start_ranks: Callabl
     return make
 
 
+def store_as_fp8(folder: Path) -> None:
+    """Store the weights of a model's linear layers as DeepSeek-V3 does, with one scale each."""
+    path, config = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].abs().amax().reshape(1, 1) / 448
+        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, path, {"format": "pt"})
+    quantization = {"quantization_config": {"quant_method": "fp8"}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | quantization))
+
+
 @pytest.mark.parametrize(
     "kind, engines",
     [("gemma4_text", ["ddp", "fsdp2", "zero2", "zero3"]), ("apertus", ["ddp", "fsdp2", "zero3"]),
@@ -59,9 +73,11 @@ def base(cache: Path, tmp_path: Path, save_small: Callable, start_ranks: Callabl
 def test_engines_agree_on_stored_buffers_and_renamed_files(
     start_ranks: Callable, base: Callable, kind: str, engines: list[str]
 ) -> None:
-    """Both stages: the second one starts from the merged model of the first."""
+    """Both stages: the second one starts from the merged model of the first; one base is in fp8."""
     losses: dict[str, list[float]] = {}
     folder = base(kind)
+    if is_coded := kind == "apertus":
+        store_as_fp8(folder)
     for engine in engines:
         run = start_ranks(*SHORT, f"model.base={folder}", f"engine.kind={engine}", folder=engine)
         run.wait(0)
@@ -69,6 +85,7 @@ def test_engines_agree_on_stored_buffers_and_renamed_files(
         artifact = run.json("lineage.json")["artifacts"][0]
         assert artifact["load_peak_memory_bytes"] > 0
         assert "every rank loads the whole base" not in run.output
+        assert ("the base is stored in fp8; the merged model is" in run.output) == is_coded
     assert len(losses["ddp"]) == 4
     for engine, engine_losses in losses.items():
         assert engine_losses == pytest.approx(losses["ddp"], abs=1e-5), engine
