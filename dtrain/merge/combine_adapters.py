@@ -198,6 +198,12 @@ def _factors(
         raise UserError(f"{name} has only half of an adapter", where=str(folder))
     a, b = tensors[name + DOWN], tensors[name + UP]
     layer = layer_from_config(config, name.removeprefix(PREFIX), {}, a.shape[0])
+    if config.get("target_parameters") and a.shape[0] == b.shape[1] != layer.r:
+        raise UserError(
+            f"{name.removeprefix(PREFIX)} is an adapter of experts, which are not combined",
+            where=str(folder),
+            fix="merge them into their base: `dtrain merge BASE ADAPTER OUT`",
+        )
     if not a.shape[0] == b.shape[1] == layer.r:
         shapes = f"A {[*a.shape]}, B {[*b.shape]}"
         message = f"ranks of {name} disagree: {layer.r} by the config, {shapes}"

@@ -183,6 +183,7 @@ def test_base_that_records_its_merged_adapters(
         ({"peft_type": "IA3"}, "with IA3 is not a plain sum"),
         ({"peft_type": "LOHA"}, "is not the config of an adapter that merges"),
         ({"r": 5}, "ranks of .* disagree"),
+        ({"r": 1, "target_parameters": ["experts.down_proj"]}, "is an adapter of experts, which"),
         ({"fan_in_fan_out": True}, "disagree on fan_in_fan_out"),
         ({"base_model_name_or_path": "another"}, "which is neither"),
     ],
