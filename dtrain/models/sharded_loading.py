@@ -135,10 +135,16 @@ class StreamedModel:
         self, source: TensorSource, empty: Tensor, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Read a tensor; it is checked and cast on the device, as CPUs cast slowly."""
-        values, first = source.read().to(self._device), source.names[0]
+        first = source.names[0]
+        folder = str(self._files[first].path.parent)
+        try:
+            values = source.read().to(self._device)
+        except UserError as error:  # of a conversion, which knows no folder
+            where = error.where or folder
+            raise UserError(error.message, where=where, fix=error.fix) from error
         name = f"what {first}, … make" if source.is_converted else first
         if source.is_converted:  # the shape of the others is checked before
-            check_shape(self._files[first].path.parent, name, list(values.shape), list(empty.shape))
+            check_shape(Path(folder), name, list(values.shape), list(empty.shape))
         if isinstance(empty, nn.Parameter):
             check_tensor(values, name, self._files[first].path)
         return values.to(dtype or empty.dtype)

@@ -310,6 +310,18 @@ def test_a_merged_model_computes_what_its_adapter_does(
     assert not torch.allclose(logits(merged), logits(plain(folder)), atol=1e-2)
 
 
+def test_an_expert_of_another_shape_is_refused_with_its_folder(write: Callable) -> None:
+    folder = write("qwen3_moe")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("experts.2.down_proj.weight"))
+    tensors[name] = torch.zeros(len(tensors[name]), 17)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    base = streamed(folder)
+    with pytest.raises(UserError, match=r"do not make .*experts\.down_proj") as refused:
+        base.materialize(base.model)
+    assert refused.value.where == str(folder)
+
+
 @pytest.mark.parametrize(
     ("targets", "keys"),
     [
