@@ -172,8 +172,11 @@ def _expert_tensors(folder: Path, names: Iterable[str]) -> Iterator[str]:
         counts = Counter(leaf for leaves in experts.values() for leaf in leaves)
         shared = sorted(leaf for leaf, count in counts.items() if 2 * count > len(experts))
         own = 1 + max(experts)
-        for number in range(most if most in known and own not in known else own):
-            yield from (f"{layer}.{number}.{leaf}" for leaf in shared)
+        count = most if most in known and own not in known else own
+        for leaf in shared:  # LongCat Flash has experts without a last matrix
+            last = 1 + max(number for number, leaves in experts.items() if leaf in leaves)
+            numbers = range(last if last in known else count)
+            yield from (f"{layer}.{number}.{leaf}" for number in numbers)
 
 
 def _expert_counts(config: Path) -> list[Any]:

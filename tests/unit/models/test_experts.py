@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dtrain.config import schema
 from dtrain.config.methods import AdaLora, Full, Ia3, Lora, Vera
 from dtrain.core.errors import UserError
+from dtrain.core.weight_files import read_headers
 from dtrain.merge import from_checkpoint
 from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.base_tensors import BaseTensors
@@ -595,3 +596,17 @@ def test_experts_of_their_own_code_call_no_hooks_inside(save_small: Callable) ->
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
     logits(model)
     assert calls == names[:1]
+
+
+def test_experts_without_a_last_matrix_may_lack_it(tmp_path: Path) -> None:
+    """Those of LongCat Flash that return their input; no other expert may."""
+    (tmp_path / "config.json").write_text('{"n_routed_experts": 6, "zero_expert_num": 2}')
+    names = {f"layers.0.mlp.experts.{n}.gate_proj.weight" for n in range(8)}
+    names |= {f"layers.0.mlp.experts.{n}.down_proj.weight" for n in range(6)}
+    tensors = {name: torch.zeros(2, 2) for name in names}
+    save_file(tensors, tmp_path / "model.safetensors")
+    read_headers(tmp_path)
+    del tensors["layers.0.mlp.experts.2.down_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"experts\.2\.down_proj\.weight is in no file"):
+        read_headers(tmp_path)
