@@ -37,12 +37,12 @@ def plan_of(name: str, *overrides: str, gpu: str = "h100-80g", nodes: int = 1, g
     return make_plan(load_recipe(name, list(overrides)), Cluster(find_gpu(gpu), nodes, gpus))
 
 
-@pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("gpu", ["rtx4090", "h100-80g"])
-def test_no_line_is_wider_than_the_terminal(columns: int, gpu: str) -> None:
+def test_no_line_is_wider_than_the_terminal(gpu: str) -> None:
     for name in shipped():
         plan = plan_of(name, gpu=gpu, gpus=2)
-        assert max(len(line) for line in render_plan(plan, columns)) <= columns, name
+        for columns in (80, 120):
+            assert max(len(line) for line in render_plan(plan, columns)) <= columns, name
 
 
 def test_the_plan_prints_every_figure() -> None:
