@@ -55,6 +55,9 @@ def match_parameter(patterns: Iterable[str], parameter: str) -> str | None:
     Raises:
         UserError: as `compile_pattern`.
     """
+    patterns = list(patterns)
+    if not patterns:  # as in most recipes; a plan asks a hundred thousand times
+        return None
     parts = parameter.split(".")
     names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     expressions = ((pattern, compile_pattern(pattern)) for pattern in patterns)
