@@ -80,7 +80,7 @@ def _layer_bytes(workload: Workload, profile: TrainerProfile) -> float:
     if shape.soft_cap:  # all scores are stored: capped, softmax in float32, input of the dropout
         scores += (2 * e + 4) * shape.heads * workload.sequence_length
     spares = MLPS in workload.kernels and not shape.experts  # experts keep all three
-    mlp = (2 if spares else 3) * shape.mlp
+    mlp = (2 if spares else shape.mlp_saved) * shape.mlp
     return (
         _norm_bytes(workload, profile)
         + scores

@@ -326,7 +326,8 @@ def _gpt_oss(kind: str, config: dict[str, Any]) -> ModelShape:
     shape = _decoder(kind, config, qkv_bias=biased, o_bias=biased)
     number, width = _experts(config), int(config["intermediate_size"])
     shape = _with_experts(shape, config, number, width=width, bias=True)
-    return replace(shape, others=((shape.heads, 1),))  # sinks
+    # Sinks. The MLP saves both halves, the clamped gate, its sigmoid, their product, and up + 1.
+    return replace(shape, others=((shape.heads, 1),), mlp_saved=6)
 
 
 def _glm4_moe(kind: str, config: dict[str, Any]) -> ModelShape:

@@ -76,6 +76,8 @@ class ModelShape:
         others: rows and columns of the other parameters of one decoder layer, such as attention
             sinks.
         kernels: dtrain's layers that this model gets.
+        mlp_saved: elements that an MLP saves for each of its width: gate, up, activation; more
+            where the activation takes several steps.
         saved: elements a token that are saved between the linear layers of one decoder layer, where
             they are not Llama's; 0: as in Llama.
         prefix: what comes before the number of a decoder layer in the names of its modules.
@@ -103,6 +105,7 @@ class ModelShape:
     router: tuple[int, int] = (0, 0)
     others: tuple[tuple[int, int], ...] = ()
     kernels: frozenset[str] = frozenset()
+    mlp_saved: int = 3
     saved: int = 0
     prefix: str = "model.layers"
     outer: tuple[tuple[str, tuple[int, int]], ...] = ()

@@ -113,6 +113,14 @@ def test_time_and_activations_depend_on_active_experts() -> None:
     assert stored < 0.3 * sum(x.kept * x.elements for x in layer_parameters(few) if not x.trains)
 
 
+def test_a_clamped_activation_saves_more() -> None:
+    """As autograd of transformers' experts: gate and up, and four tensors computed from them."""
+    config = CONFIGS["openai/gpt-oss-20b"]
+    plain, active = workload(config | {"model_type": "mixtral"}), 4
+    more = layer_bytes(workload(config)) - layer_bytes(plain)
+    assert more == pytest.approx(2 * 3 * active * config["intermediate_size"], rel=0.1)
+
+
 def test_a_rank_under_fsdp2_has_whole_experts() -> None:
     config = CONFIGS["openai/gpt-oss-20b"]  # 32 experts
     one = replace(workload(config), engine="fsdp2", method=Full(kind="full"))
