@@ -151,10 +151,13 @@ ANSWERS = {
     "an adapter has no such setting; stages[].method.target_modules names its layers": (
         "lora_bias bias layers_to_transform layers_pattern peft_layers_to_transform "
         "peft_layers_pattern peft_layer_replication layer_replication exclude_modules "
-        "fan_in_fan_out lora_fan_in_fan_out target_parameters lora_target_parameters "
-        "trainable_token_indices peft_trainable_token_indices ensure_weight_tying "
+        "fan_in_fan_out lora_fan_in_fan_out trainable_token_indices "
+        "peft_trainable_token_indices ensure_weight_tying "
         "peft_ensure_weight_tying alora_invocation_tokens module_dropout rank_dropout "
         "lora_on_cpu peft_autocast_adapter_dtype megatron_core"
+    ),
+    "stages[].method.target_modules names the weights of experts too: gate_up_proj, down_proj": (
+        "target_parameters lora_target_parameters"
     ),
     "dtrain writes it into adapter_config.json by itself": (
         "auto_mapping base_model_name_or_path inference_mode runtime_config peft_version"
