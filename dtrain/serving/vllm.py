@@ -12,7 +12,7 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dtrain.core.cache_paths import cache_folder, local_path
+from dtrain.core.cache_paths import cache_folder, hub_id, hub_snapshot, local_path
 from dtrain.core.files import read_object, read_text, write_atomic
 from dtrain.core.hashes import fingerprint
 from dtrain.launching.commands import quote
@@ -74,6 +74,10 @@ def _adapters(run: ServedRun, adapters: list[AdapterInfo]) -> str:
     for adapter in adapters:
         lines += [_comment(f"# {adapter.name}: {why}") for why in refusals(adapter)]
         lines += [_comment(f"# {adapter.name}: {note}") for note in cautions(adapter)]
+    if quantized and (stored := _stored_codes(base)):
+        why = f"Trained over this base in NF4, as which vLLM does not load files in {stored}."
+        lines.append(_comment(f"# {why}"))
+        taken = []
     if not taken:
         stages = [stage for stage in run.recipe.stages if stage.name in names]
         merges = not any(stage.method.traits.cannot_merge for stage in stages)
@@ -88,6 +92,15 @@ def _adapters(run: ServedRun, adapters: list[AdapterInfo]) -> str:
     folders = [*(m for m in merged if str(m) == base), *(adapter.folder for adapter in taken)]
     options += [*_model_options(run), *_chat_options(run, folders)]
     return "\n".join([*lines, *_notes(run, folders), command(base, options)])
+
+
+def _stored_codes(base: str) -> str:
+    """The format in which a base is already quantized, as far as it is here; else empty."""
+    folder = hub_snapshot(base) if hub_id(base) else Path(base)
+    config = folder / "config.json" if folder else None
+    known = read_object(config) if config and config.is_file() else {}
+    settings = known.get("quantization_config")
+    return str(settings.get("quant_method")) if isinstance(settings, dict) else ""
 
 
 def _lora(adapters: list[AdapterInfo]) -> list[tuple[str, ...]]:

@@ -130,6 +130,21 @@ def test_a_newline_in_a_name_does_not_end_a_comment(make_run: Callable[..., Path
     assert len(commands(script(open_run(run)))) == 3
 
 
+def test_an_adapter_over_nf4_of_a_base_in_codes_is_not_served(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """vLLM refuses --quantization where the base's config names another one."""
+    run, stored = make_run(methods=("qlora", "lora")), tmp_path / "codes"
+    stored.mkdir()
+    config = {"quantization_config": {"quant_method": "mxfp4"}}
+    (stored / "config.json").write_text(json.dumps(config))
+    for path in (run / "recipe.yaml", run / "domain" / "adapter" / "adapter_config.json"):
+        path.write_text(path.read_text().replace("/models/llama", str(stored)))
+    text = script(open_run(run))
+    assert "in NF4, as which vLLM does not load files in mxfp4" in text
+    assert "--quantization" not in text and len(commands(text)) == 2
+
+
 def test_nf4_template_and_remote_code_are_in_the_command(make_run: Callable[..., Path]) -> None:
     options = ("model.trust_remote_code=true", "stages.task.data.template=my chat.jinja")
     run = make_run("run", *options, "model.dtype=auto", methods=("qlora", "lora"))
