@@ -100,6 +100,18 @@ def mark_experts(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
             setattr(module, STATES, {})
 
 
+def unpack_experts(model: nn.Module) -> None:
+    """Hold packed experts with the values that NF4 left of them in plain parameters again.
+
+    PEFT's adapters of parameters add to these values.
+    """
+    for module in model.modules():
+        for name, states in vars(module).pop(STATES, {}).items():
+            packed = getattr(module, name)
+            values = torch.stack([states.matrix(packed, e) for e in range(len(packed))])
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
+
+
 def holds_nf4(module: nn.Module) -> bool:
     """Whether a module's experts are packed."""
     return hasattr(module, STATES)

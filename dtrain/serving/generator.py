@@ -27,9 +27,12 @@ from dtrain.data.chat_templates import answering_template, render_prompt
 from dtrain.data.conversations import Conversation, Messages
 from dtrain.data.end_of_turn import find_ends
 from dtrain.models.bottleneck import load_bottlenecks
+from dtrain.models.expert_layers import expert_parameters
+from dtrain.models.expert_nf4 import unpack_experts
 from dtrain.models.generation import Decoding, generate_texts
 from dtrain.models.hub import base_folder
-from dtrain.models.load import load_base, resolve_dtype
+from dtrain.models.load import load_base, load_config, resolve_dtype
+from dtrain.models.meta_model import build_meta_model
 from dtrain.models.peft_format import BOTTLENECK, CONFIG, WEIGHTS, file_keys, read_adapter_config
 from dtrain.models.sharded_loading import stream_base
 from dtrain.models.tokenizer import load_tokenizer
@@ -107,8 +110,8 @@ class TextGenerator:
         self.tokenizer = load_tokenizer(folder, self._settings.trust_remote_code)
         self._model, self._held = None, None  # two would not fit into memory
         self._names, self._family = {}, ""
-        if formats := coded_formats(file_tensors(folder)):
-            model = self._load_decoded(folder, choice, formats)
+        if coded_formats(file_tensors(folder)) or (choice.quantized and self._has_experts(folder)):
+            model = self._load_streamed(folder, choice.quantized)
         else:
             model = load_base(
                 folder,
@@ -121,18 +124,20 @@ class TextGenerator:
         model.config.use_cache = True
         self._model, self._held = model.eval(), (choice.base, choice.quantized)
 
-    def _load_decoded(self, folder: Path, choice: ServedModel, formats: list[str]) -> Any:
-        """Load the values of a base that is stored as codes; not on several GPUs."""
-        if choice.quantized:
-            raise UserError(
-                f"the adapter was trained in NF4 over a base in {' and '.join(formats)}",
-                where=str(folder),
-                fix="merge the adapter, then use the merged model",
-            )
+    def _has_experts(self, folder: Path) -> bool:
+        config = load_config(folder, self._settings, self._dtype, self._device)
+        return bool(expert_parameters(build_meta_model(config, self._settings.trust_remote_code)))
+
+    def _load_streamed(self, folder: Path, quantized: bool) -> Any:
+        """Load what transformers would not load as it was trained; not on several GPUs.
+
+        That is a base stored as codes, and one whose experts were in NF4.
+        """
         base = stream_base(
-            folder, self._settings, quantized=False, dtype=self._dtype, device=self._device
+            folder, self._settings, quantized=quantized, dtype=self._dtype, device=self._device
         )
         base.materialize(base.model)
+        unpack_experts(base.model)
         return base.model
 
     def _add(self, folder: Path) -> None:

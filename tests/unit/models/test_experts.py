@@ -41,6 +41,9 @@ from dtrain.models.sharded_loading import stream_base
 from dtrain.objectives.base import adapters_disabled
 from dtrain.objectives.regularizers.fisher import adapted_layers
 from dtrain.pipeline.initial_adapter import check_initial_adapter
+from dtrain.samples.tiny_llama import build_tokenizer
+from dtrain.serving.generator import TextGenerator
+from dtrain.serving.run_models import ServedModel
 
 CPU = torch.device("cpu")
 EXPERTS = 4
@@ -410,6 +413,16 @@ def test_experts_in_nf4_are_those_of_bitsandbytes(write: Callable, kind: str) ->
             expected = torch.cat([dequantize_4bit(*pack) for pack in packs])
             actual = states.matrix(getattr(module, leaf), expert)
             assert torch.equal(actual, expected)
+
+
+def test_a_served_adapter_answers_from_experts_in_nf4(write: Callable, tmp_path: Path) -> None:
+    folder = write("mixtral")
+    build_tokenizer().save_pretrained(folder)
+    method, model = adapted(folder, quantized=True)
+    choice = ServedModel(str(folder), True, (saved(method, model.eval(), tmp_path / "adapter"),))
+    served = TextGenerator(choice, schema.Model(base="of the choice"), CPU)
+    patch_modules(model)
+    assert torch.allclose(served.logits(IDS)[0], logits(model), atol=1e-4)
 
 
 def test_experts_stay_without_adapters_if_the_recipe_says_so(write: Callable) -> None:
