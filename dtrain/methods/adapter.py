@@ -366,7 +366,7 @@ def resolve_targets(
         return target_modules if isinstance(target_modules, str) else list(target_modules)
     if without := matched - used:
         summary = summarize_names(without)
-        say(f"{len(without)} layers get no adapter, as no gradient would reach them: {summary}")
+        say(f"{len(without)} layers get no adapter, as none would act there: {summary}")
     return sorted(used)
 
 

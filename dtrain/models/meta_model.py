@@ -245,18 +245,22 @@ def unused_parameters(model: PreTrainedModel) -> set[str]:
 
 
 def unused_linear_layers(model: PreTrainedModel) -> set[str]:
-    """Names of the linear layers that a forward pass of a text does not call.
+    """Names of the linear layers that a forward pass of a text does not call as a linear map.
 
     An adapter there would get no gradient, and an NF4 weight would be read as numbers: Gemma 3n
-    reads the weight of one of its layers without calling it.
+    reads the weight of one of its layers without calling it. DeepSeek V4 has a layer that multiplies
+    each group of its input by another part of the weight, to which nothing of an adapter's fits.
 
     Args and return value: as for `unused_parameters`.
     """
     layers, called = linear_layers(model), set[nn.Module]()
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, _: called.add(module))
-        for layer in layers.values()
-    ]
+
+    def record(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        features = layer.nf if isinstance(layer, Conv1D) else layer.out_features
+        if not args or output.shape == (*args[0].shape[:-1], features):
+            called.add(layer)
+
+    hooks = [layer.register_forward_hook(record) for layer in layers.values()]
     used = _used(model)
     for hook in hooks:
         hook.remove()
@@ -299,7 +303,8 @@ class MetaValueDefaults(TorchFunctionMode):
     }
 
     def __enter__(self) -> Any:
-        self._masks = meta_settings.patch(meta_nonzero_assume_all_nonzero=True)
+        settings: Any = meta_settings  # torch adds `patch` when it is imported
+        self._masks = settings.patch(meta_nonzero_assume_all_nonzero=True)
         self._masks.__enter__()
         return super().__enter__()
 

@@ -86,8 +86,16 @@ def test_in_a_mixture_of_experts_too(
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
     assert adapted_names(adapted)
     assert not [name for name in adapted_names(adapted) if name.endswith(layer)]
-    assert "as no gradient would reach them: " in (out := capsys.readouterr().out)
+    assert "as none would act there: " in (out := capsys.readouterr().out)
     assert f"model.layers.*.{layer}" in out
+
+
+def test_a_layer_that_multiplies_groups_apart_is_no_linear_map() -> None:
+    config = AutoConfig.for_model("deepseek_v4", num_hidden_layers=2)
+    unused = unused_linear_layers(build_meta_model(config))
+    assert "model.layers.1.self_attn.o_a_proj" in unused
+    assert "model.layers.1.self_attn.o_b_proj" not in unused
+
 
 
 def test_layers_that_peft_cannot_adapt_are_left_out_or_refused(
