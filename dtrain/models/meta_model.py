@@ -248,8 +248,8 @@ def unused_linear_layers(model: PreTrainedModel) -> set[str]:
     """Names of the linear layers that a forward pass of a text does not call as a linear map.
 
     An adapter there would get no gradient, and an NF4 weight would be read as numbers: Gemma 3n
-    reads the weight of one of its layers without calling it. DeepSeek V4 has a layer that multiplies
-    each group of its input by another part of the weight, to which nothing of an adapter's fits.
+    reads the weight of one of its layers without calling it. A layer of DeepSeek V4 multiplies
+    each group of its input by another part of the weight, which no adapter could.
 
     Args and return value: as for `unused_parameters`.
     """

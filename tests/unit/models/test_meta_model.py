@@ -97,7 +97,6 @@ def test_a_layer_that_multiplies_groups_apart_is_no_linear_map() -> None:
     assert "model.layers.1.self_attn.o_b_proj" not in unused
 
 
-
 def test_layers_that_peft_cannot_adapt_are_left_out_or_refused(
     tmp_path: Path, save_small: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
