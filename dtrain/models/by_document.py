@@ -3,8 +3,9 @@
 Gated delta nets, Mamba, lightning attention and short convolutions carry a state from token to
 token. transformers restarts it only where their kernels for GPUs take the boundaries, so a document
 of a packed sequence would be computed with what is left of the one before. Here such a layer is
-called for each document by itself. `probe_packing` checks the result. T is the number of tokens of
-a sequence.
+called for each document by itself; on a GPU for the whole sequence, if it was asked and separates
+documents by their boundaries. `probe_packing` checks the result. T is the number of tokens of a
+sequence.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from inspect import getclosurevars, unwrap
 from itertools import accumulate, pairwise
 from types import FunctionType
@@ -20,18 +21,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 from transformers.integrations import hub_kernels
 
+from dtrain.core.log import say
+from dtrain.distributed.tensor_utils import send
 from dtrain.models.attention import known_document_lengths
 from dtrain.models.dropout import shared_key
 from dtrain.models.expert_layers import own_experts, router_layers
-from dtrain.models.meta_model import using_packages
+from dtrain.models.meta_model import first_line, using_packages
 
 KEEPS_STATE = "set_linear_cache"  # method of transformers' caches, called by such layers
 LENGTHS = "document_lengths"  # attribute: those of a layer's last training pass
 # What `loss` passes to flash attention: documents of the whole sequence.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+ASKED = (5, 300, 61)  # tokens of the documents that a layer is asked with: kernels' chunks are 256
 
 
 def separate_states(model: nn.Module) -> None:
@@ -40,9 +45,10 @@ def separate_states(model: nn.Module) -> None:
     In training mode mamba-ssm's kernels multiply with the weights of linear layers without calling
     them: an adapter would have no effect, and a weight in NF4 would be taken for numbers.
     """
+    separates: dict[type, bool] = {}  # what the first layer of a class answered
     for module in list(model.modules()):
         if has_state(module):
-            module.forward = partial(_each_document, module, module.forward)
+            module.forward = partial(_each_document, module, module.forward, separates)
             module.training = False
             module.train = partial(_train_inside, module)  # type: ignore[method-assign]
 
@@ -98,19 +104,127 @@ def missing_packages(model: nn.Module) -> list[str]:
 
 
 def _each_document(
-    module: nn.Module, forward: Callable[..., Any], hidden_states: Tensor, *rest: Any, **more: Any
+    module: nn.Module,
+    forward: Callable[..., Any],
+    separates: dict[type, bool],
+    hidden_states: Tensor,
+    *rest: Any,
+    **more: Any,
 ) -> Any:
     lengths = _lengths(module, hidden_states)
     more = {name: value for name, value in more.items() if name not in BOUNDARIES}
-    outputs, key = [], shared_key(module)
     with without_hooks(module), using_packages(on=_is_on_gpu(hidden_states)):
-        for start, stop in pairwise(accumulate(lengths, initial=0)):
-            key.part = slice(start, stop)
-            cut = partial(_cut, key.part, sum(lengths))
-            inputs = (cut(hidden_states), *map(cut, rest))
-            outputs.append(forward(*inputs, **{name: cut(value) for name, value in more.items()}))
+        if len(lengths) > 1 and _is_on_gpu(hidden_states):
+            if type(module) not in separates:
+                separates[type(module)] = _ask(module, forward, hidden_states, rest, more)
+            if separates[type(module)]:
+                more |= _boundaries(tuple(lengths), hidden_states.device)
+                return forward(hidden_states, *rest, **more)
+        return _one_by_one(module, forward, lengths, hidden_states, *rest, **more)
+
+
+def _one_by_one(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    lengths: Sequence[int],
+    hidden_states: Tensor,
+    *rest: Any,
+    **more: Any,
+) -> Any:
+    outputs, key = [], shared_key(module)
+    for start, stop in pairwise(accumulate(lengths, initial=0)):
+        key.part = slice(start, stop)
+        cut = partial(_cut, key.part, sum(lengths))
+        inputs = (cut(hidden_states), *map(cut, rest))
+        outputs.append(forward(*inputs, **{name: cut(value) for name, value in more.items()}))
     key.part = None
     return _join(outputs)
+
+
+@lru_cache(maxsize=2)
+def _boundaries(lengths: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+    """What transformers passes on to kernels: ends of documents, and the document of each token.
+
+    All layers get the same tensors: flash-linear-attention waits for the device once for each.
+    """
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    documents = torch.arange(len(lengths), dtype=torch.int32)
+    index = documents.repeat_interleave(torch.tensor(lengths))[None]
+    return {"cu_seq_lens_q": send(ends, device), "seq_idx": send(index, device)}
+
+
+def _ask(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    like: Tensor,
+    rest: tuple[Any, ...],
+    more: dict[str, Any],
+) -> bool:
+    """Whether a layer separates the documents of a whole row by their boundaries; says so."""
+    reason = "it mixes documents of a whole sequence"
+    key = shared_key(module)
+    sequences, key.lengths = key.lengths, []  # no dropout
+    try:
+        if any(isinstance(value, (Tensor, tuple)) for value in (*rest, *more.values())):
+            answer, reason = False, "it takes more than hidden states"
+        else:
+            # without hooks: activation checkpointing would count, and recompute, what is saved
+            with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+                answer = _separates(module, forward, like, rest, more)
+    except Exception as error:  # a package's code may raise anything
+        answer, reason = False, first_line(error)
+    finally:
+        key.lengths, key.part = sequences, None
+    way = "whole" if answer else f"document by document: {reason}"
+    say(f"{type(module).__name__} computes packed sequences {way}")
+    return answer
+
+
+def _separates(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    like: Tensor,
+    rest: tuple[Any, ...],
+    more: dict[str, Any],
+) -> bool:
+    """Compare a random row computed whole with the same row computed document by document.
+
+    Rounding hides what little a state may leave behind. So the last document must also be the same
+    to the bit after other documents, and must pass back no gradient to them at all.
+    """
+    tokens, last = sum(ASKED), sum(ASKED[:-1])
+    bounds = _boundaries(ASKED, like.device)
+    random = torch.Generator().manual_seed(1)
+    row, others, weight = (
+        torch.randn(1, tokens, like.shape[-1], generator=random).to(like) for _ in range(3)
+    )
+    others = torch.cat([others[:, :last], row[:, last:]], dim=1)
+    row, others = row.requires_grad_(), others.requires_grad_()
+    whole = _hidden(forward(row, *rest, **more, **bounds))
+    after_others = _hidden(forward(others, *rest, **more, **bounds))
+    (passed_back,) = torch.autograd.grad(after_others[:, last:], others, weight[:, last:])
+    if not torch.equal(whole[:, last:], after_others[:, last:]) or passed_back[:, :last].any():
+        return False
+    alone = _hidden(_one_by_one(module, forward, ASKED, row, *rest, **more))
+    learned = [row, *(p for p in module.parameters() if p.requires_grad)]
+    gradients = [
+        torch.autograd.grad(output, learned, weight, allow_unused=True) for output in (whole, alone)
+    ]
+    return all(map(_agree, (whole, *gradients[0]), (alone, *gradients[1])))
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _agree(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether two results differ by rounding only: by 4 units of 16 bits, or by tf32's."""
+    if first is None or second is None:
+        return first is second
+    tolerance = max(4 * torch.finfo(first.dtype).eps, 1e-3)
+    difference = (first.float() - second.float()).norm()
+    return bool(difference <= tolerance * second.float().norm())
 
 
 @contextmanager

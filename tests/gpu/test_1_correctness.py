@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dtrain.config import schema
+from dtrain.models import by_document
 from dtrain.models.attention import Documents, document_attention
 from dtrain.models.dropout import DropoutKey, KeyedDropout
 from dtrain.models.expert_nf4 import pack_experts
@@ -185,8 +186,15 @@ HYBRIDS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("asked", [True, False], ids=["as asked", "document by document"])
 @pytest.mark.parametrize("kind", HYBRIDS)
-def test_layers_with_a_state_separate_documents(device, dtype, kind, figures) -> None:
+def test_layers_with_a_state_separate_documents(
+    device, dtype, kind, asked, figures, monkeypatch
+) -> None:
+    answers, ask = [], by_document._ask
+    monkeypatch.setattr(
+        by_document, "_ask", lambda *given: answers.append(asked and ask(*given)) or answers[-1]
+    )
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **MIXTURE, **HYBRIDS[kind])
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
@@ -214,7 +222,8 @@ def test_layers_with_a_state_separate_documents(device, dtype, kind, figures) ->
         float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
         for a, b in zip(*results, strict=True)
     )
-    figures[f"{kind}: packed documents against each by itself"] = worst
+    way = "whole" if any(answers) else "document by document"
+    figures[f"{kind}: packed documents, {way}, against each by itself"] = worst
     assert worst < (1e-1 if dtype == torch.bfloat16 else 1e-3)
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import use_kernel_func_from_hub_with_fallback
 
 from dtrain.config import schema
 from dtrain.models import by_document
+from dtrain.models.attention import use_document_lengths
 from dtrain.models.by_document import has_state, missing_packages, separate_states
 from dtrain.models.dropout import DropoutKey, KeyedDropout
 from dtrain.models.load import freeze_for_training, silence_transformers
@@ -149,6 +151,71 @@ def test_functions_of_gpu_packages_are_called_on_a_gpu_only(
     monkeypatch.setattr(by_document, "_is_on_gpu", lambda tensor: True)
     assert torch.equal(layer(x), expected)
     assert called == [7]
+
+
+class Averaging(nn.Module):
+    """A running mean of hidden states, which `restart` takes documents apart for."""
+
+    def __init__(self, restart: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, padding=2, groups=4)  # has_state
+        self.out = nn.Linear(4, 4)
+        self.restart = restart
+        self.calls: list[int] = []
+
+    def forward(self, hidden_states: Tensor, **boundaries: Any) -> Tensor:
+        self.calls.append(hidden_states.shape[1])
+        rows = self.restart(hidden_states, boundaries.get("cu_seq_lens_q"))
+        means = [r.cumsum(1) / torch.arange(1, r.shape[1] + 1)[:, None] for r in rows]
+        return self.out(torch.cat(means, dim=1))
+
+
+def honors(x: Tensor, ends: Tensor | None) -> Any:
+    return [x] if ends is None else x.split(ends.diff().tolist(), dim=1)
+
+
+def ignores(x: Tensor, ends: Tensor | None) -> Any:
+    return [x]
+
+
+def leaks_in_backward(x: Tensor, ends: Tensor | None) -> Any:
+    parts = honors(x, ends)
+    return [part + 1e-6 * (x.mean() - x.mean().detach()) for part in parts]
+
+
+def fails(x: Tensor, ends: Tensor | None) -> Any:
+    if ends is not None:
+        raise ValueError("no package")
+    return [x]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("restart", [honors, ignores, leaks_in_backward, fails])
+def test_a_sequence_is_computed_whole_where_a_layer_separates_documents(
+    restart: Any,
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(by_document, "_is_on_gpu", lambda tensor: True)
+    layer, lengths = Averaging(restart), (3, 7, 2)
+    plain = copy.deepcopy(layer)
+    separate_states(layer)
+    x = torch.randn(1, 12, 4, requires_grad=True)
+    with use_document_lengths(lengths):
+        y = checkpoint(layer, x, use_reentrant=False) if checkpointing else layer(x)
+    asked = len(layer.calls) - (1 if restart is honors else len(lengths))
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)  # recomputed: without known lengths
+    whole = layer.calls[asked:] == [12] * (1 + checkpointing)
+    assert whole == (restart is honors)
+    said = capsys.readouterr().out
+    assert said.count("Averaging computes") == 1
+    assert ("whole" in said.split(":")[0]) == whole and ("no package" in said) == (restart is fails)
+    alone = [plain(part) for part in x.split(lengths, dim=1)]
+    torch.testing.assert_close(y, torch.cat(alone, dim=1))
+    (expected,) = torch.autograd.grad(sum(part.square().sum() for part in alone), x)
+    torch.testing.assert_close(gradient, expected)
+    assert all(p.grad is None for p in layer.parameters())
 
 
 def test_a_layer_with_a_state_is_never_in_training_mode() -> None:
