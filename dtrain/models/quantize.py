@@ -127,17 +127,25 @@ def packable_layers(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def names_to_skip(config: PretrainedConfig, trust_remote_code: bool) -> list[str]:
-    """Ends of the names of layers that transformers would quantize, though other code reads them.
+    """Ends of the names of layers that transformers would quantize, and training did not.
 
     Returns:
         A value for llm_int8_skip_modules; empty if there are none.
     """
     model = build_meta_model(config, trust_remote_code)
-    if not (read := layers_read_outside_forward(model)):
+    packed = _ends(packable_layers(model))
+    kept = _ends(layers_read_outside_forward(model) | router_layers(model))
+    # Not those of a tower that are named as the text's.
+    kept |= _ends(unused_linear_layers(model)) - packed
+    if not kept:
         return []
     output = model.get_output_embeddings()
-    kept = read | {name for name, layer in linear_layers(model).items() if layer is output}
-    return sorted({re.split(r"\.\d+\.", name)[-1] for name in kept})
+    return sorted(kept | _ends(n for n, layer in linear_layers(model).items() if layer is output))
+
+
+def _ends(names: Iterable[str]) -> set[str]:
+    """What follows a layer's number in each name."""
+    return {re.split(r"\.\d+\.", name)[-1] for name in names}
 
 
 def _layer_not_nf4(name: str, module: Any) -> UserError:

@@ -91,8 +91,10 @@ def build_starting_model(
 
 def _check_routers(checkpoint: Checkpoint, setup: StageSetup, engine: Engine) -> None:
     """Check that a checkpoint has no routers if these are frozen; once they always trained."""
-    starts = tuple(f"{name}." for name in routers(engine.module))
-    if starts and not setup.stage.method.trains_router:
+    method = setup.stage.method
+    if not method.traits.trains_base or method.trains_router:  # adapters never trained them
+        return
+    if starts := tuple(f"{name}." for name in routers(engine.module)):
         trained = [name for name in checkpoint.names if name.startswith(starts)]
         if trained:
             raise UserError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.config.engines import ENGINES
@@ -119,12 +119,13 @@ def _open_base(setup: StageSetup) -> StreamedModel:
     return streamed
 
 
-def _say_what_is_packed(model: nn.Module) -> None:
-    layers = linear_layers(model)
-    others = [name for name, layer in layers.items() if not isinstance(layer, Linear4bit)]
+def _say_what_is_packed(model: PreTrainedModel) -> None:
+    layers, output = linear_layers(model), model.get_output_embeddings()
+    packed = [name for name, layer in layers.items() if isinstance(layer, Linear4bit)]
+    others = [name for name in layers.keys() - packed if layers[name] is not output]
     experts = " and the experts" if any(map(holds_nf4, model.modules())) else ""
-    kept = f", not {len(others)} others: {summarize_names(others)}" if others else ""
-    say(f"{len(layers) - len(others)} linear layers{experts} are in NF4{kept}")
+    kept = f"; not in NF4 ({len(others)}): {summarize_names(sorted(others))}"
+    say(f"{len(packed)} linear layers{experts} are in NF4{kept if others else ''}")
 
 
 def _check_merge(setup: StageSetup, model: torch.nn.Module) -> None:

@@ -240,6 +240,8 @@ def _without_new_defaults(now: Any, chosen: Any, recorded: Any) -> Any:
         return [_without_new_defaults(*item) for item in zip(now, chosen, recorded, strict=True)]
     if not isinstance(now, dict) or not isinstance(recorded, dict):
         return now
+    if now.get("kind") != recorded.get("kind"):  # of another method, not of an older dtrain
+        return now
     return {
         key: _without_new_defaults(value, (chosen or {}).get(key), recorded.get(key))
         for key, value in now.items()

@@ -18,10 +18,12 @@ from dtrain.models.check_base import find_model
 from dtrain.models.peft_format import BOTTLENECK, CHAT_TEMPLATE, CONFIG, GENERATION
 from dtrain.serving.adapter_list import AdapterInfo, read_adapter
 from dtrain.serving.run_models import ServedRun
-from dtrain.serving.vllm import command, max_rank, refusals
+from dtrain.serving.vllm import command, max_rank, refusals, stored_codes
 
 auto_classes: Any = LazyModule("transformers.models.auto.modeling_auto")
+expert_layers: Any = LazyModule("dtrain.models.expert_layers")
 load: Any = LazyModule("dtrain.models.load")
+meta_model: Any = LazyModule("dtrain.models.meta_model")
 quantize: Any = LazyModule("dtrain.models.quantize")
 CAUSAL = "AutoModelForCausalLM"
 # Stands for the folder or the hub id of what the card describes.
@@ -75,11 +77,31 @@ def adapter_usage(run: ServedRun, stage: Stage) -> Usage:
         notes.append(f"vLLM does not serve it unmerged: {'; '.join(reasons)}.")
     serve = "" if reasons else _serve_command(adapter, base, trusts_code)
     local = _local_folder(run.base_of(stage), run.recipe.model.revision)
-    nf4 = nf4_code(local, trusts_code) if adapter.origin.base_in_nf4 else ""
+    nf4 = ""
+    if adapter.origin.base_in_nf4:
+        if why := only_merged(local, trusts_code):
+            return Usage("", "", (*notes, f"{why}: merge it, or use dtrain chat."))
+        nf4 = nf4_code(local, trusts_code)
     code = _peft_code(base, _auto_class(local), nf4, trusts_code)
     if is_first and run.recipe.model.tokens is not None:
         code = _with_new_tokens(code, trusts_code)
     return Usage(code, serve, tuple(notes))
+
+
+def only_merged(folder: Path | None, trusts_code: bool) -> str:
+    """Why transformers and vLLM do not load a base in NF4 as training did; empty if they do.
+
+    Args:
+        folder: as for `_auto_class`.
+    """
+    if folder is None:
+        return ""
+    if stored := stored_codes(str(folder)):
+        return f"This adapter was trained over a base in NF4 whose files are in {stored}"
+    config = load.read_config(folder, trust_remote_code=trusts_code)
+    if expert_layers.expert_parameters(meta_model.build_meta_model(config, trusts_code)):
+        return "This adapter was trained over experts in NF4, which transformers leaves in 16 bits"
+    return ""
 
 
 def _local_folder(address: str, revision: str | None) -> Path | None:

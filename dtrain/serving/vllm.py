@@ -74,8 +74,8 @@ def _adapters(run: ServedRun, adapters: list[AdapterInfo]) -> str:
     for adapter in adapters:
         lines += [_comment(f"# {adapter.name}: {why}") for why in refusals(adapter)]
         lines += [_comment(f"# {adapter.name}: {note}") for note in cautions(adapter)]
-    if quantized and (stored := _stored_codes(base)):
-        why = f"Trained over this base in NF4, as which vLLM does not load files in {stored}."
+    if quantized and (stored := stored_codes(base)):
+        why = f"Trained over this base in NF4; vLLM cannot load files in {stored} as NF4."
         lines.append(_comment(f"# {why}"))
         taken = []
     if not taken:
@@ -94,7 +94,7 @@ def _adapters(run: ServedRun, adapters: list[AdapterInfo]) -> str:
     return "\n".join([*lines, *_notes(run, folders), command(base, options)])
 
 
-def _stored_codes(base: str) -> str:
+def stored_codes(base: str) -> str:
     """The format in which a base is already quantized, as far as it is here; else empty."""
     folder = hub_snapshot(base) if hub_id(base) else Path(base)
     config = folder / "config.json" if folder else None

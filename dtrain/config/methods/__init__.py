@@ -75,11 +75,13 @@ def over_nf4(method: MethodSettings) -> tuple[MethodSettings, str]:
         return method.model_copy(update={"quantize": "nf4"}), "method.quantize=nf4"
     kind = method.traits.quantized_kind
     quantized = method_like(method, kind)
-    shared = _shared_keys(method, quantized)
-    if method.model_fields_set <= shared | {"kind"}:
+    shared, default = _shared_keys(method, quantized), parse_method({"kind": kind})
+    fields = type(default).model_fields
+    shared |= {name for name in fields if getattr(quantized, name) != getattr(default, name)}
+    if shared <= method.model_fields_set <= shared | {"kind"}:
         return quantized, f"method.kind={kind}"
-    # Keys that the other kind lacks must go, so all are written anew.
-    values = [f"{name}: {json.dumps(getattr(method, name))}" for name in sorted(shared)]
+    # Keys that the other kind lacks must go, and its defaults are its own: all are written anew.
+    values = [f"{name}: {json.dumps(getattr(quantized, name))}" for name in sorted(shared)]
     return quantized, f"method={{{', '.join([f'kind: {kind}', *values])}}}"
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dtrain.config.methods import TRAITS, Method, parse_method
+from dtrain.config.load import load_recipe
+from dtrain.config.methods import TRAITS, Method, over_nf4, parse_method
 from dtrain.methods.base import build_method
 from dtrain.objectives.base import adapters_disabled
 
@@ -84,3 +85,14 @@ def test_a_disabled_adapter_leaves_the_base_where_the_traits_say_so(kind: str) -
 def test_base_dtype_of_each_method(kind: str) -> None:
     dtype = build_method(parse_method({"kind": kind})).base_dtype(torch.bfloat16)
     assert dtype == (torch.float32 if TRAITS[kind].trains_base else torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["{kind: lora}", "{kind: lora, r: 4}", "{kind: adalora}", "{kind: adalora, target_r: 8}",
+     "{kind: dora}", "{kind: full, trainable_layers: 2}", "{kind: pissa, r: 32}"],
+)  # fmt: skip
+def test_the_key_that_puts_a_base_in_nf4_gives_the_planned_method(method: str) -> None:
+    key = f"stages.task.method={method}"
+    planned, setting = over_nf4(load_recipe("tiny", [key]).stages[1].method)
+    assert load_recipe("tiny", [key, f"stages.task.{setting}"]).stages[1].method == planned

@@ -109,5 +109,8 @@ def test_routers_that_an_older_dtrain_trained_are_named(monkeypatch: pytest.Monk
     engine: Any = SimpleNamespace(module=None)
     with pytest.raises(UserError, match=r"trained the routers too \(layers.0.mlp.gate.weight\)"):
         precompute._check_routers(checkpoint, setup, engine)
+    adapter = load_recipe("tiny", ["stages.task.method={kind: lora, r: 1}"]).stages[1].method
+    lora: Any = SimpleNamespace(stage=SimpleNamespace(method=adapter))
+    precompute._check_routers(checkpoint, lora, engine)  # trains none, whatever looks like one
     checkpoint.names.pop()
     precompute._check_routers(checkpoint, setup, engine)

@@ -16,10 +16,10 @@ from dtrain.config.load import load_recipe
 from dtrain.core.files import read_sealed
 from dtrain.merge.verify import verify_model
 from dtrain.models.meta_model import build_meta_model
-from dtrain.models.quantize import nf4_layers
+from dtrain.models.quantize import names_to_skip, nf4_layers
 from dtrain.monitoring.run_record import RunRecord
 from dtrain.samples.make import ensure
-from dtrain.serving.card_usage import PLACEHOLDER, model_usage, nf4_code
+from dtrain.serving.card_usage import PLACEHOLDER, model_usage, nf4_code, only_merged
 from dtrain.serving.model_card import (
     adapter_card,
     base_model,
@@ -66,6 +66,19 @@ def test_code_for_an_adapter_quantizes_the_layers_that_training_did(
     packed = {n for n, m in model.named_modules() if isinstance(m, Linear4bit)}
     assert packed == nf4_layers(build_meta_model(model.config))
     model(torch.arange(4, 24)[None], use_cache=False)
+
+
+def test_routers_and_experts_in_nf4_are_not_loaded_otherwise(
+    tmp_path: Path, save_small: Callable
+) -> None:
+    """transformers would pack the routers, and leave the experts in 16 bits."""
+    mixture = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}
+    config = save_small("gemma4", None, text=mixture | {"moe_intermediate_size": 32})
+    assert "router.proj" in names_to_skip(config, trust_remote_code=False)
+    config.save_pretrained(tmp_path)
+    assert "over experts in NF4" in only_merged(tmp_path, trusts_code=False)
+    save_small("llama", tmp_path)
+    assert only_merged(tmp_path, trusts_code=False) == ""
 
 
 @pytest.mark.parametrize("chats", [False, True])

@@ -141,7 +141,7 @@ def test_an_adapter_over_nf4_of_a_base_in_codes_is_not_served(
     for path in (run / "recipe.yaml", run / "domain" / "adapter" / "adapter_config.json"):
         path.write_text(path.read_text().replace("/models/llama", str(stored)))
     text = script(open_run(run))
-    assert "in NF4, as which vLLM does not load files in mxfp4" in text
+    assert "in NF4; vLLM cannot load files in mxfp4 as NF4" in text
     assert "--quantization" not in text and len(commands(text)) == 2
 
 
