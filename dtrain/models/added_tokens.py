@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from dtrain.config.schema import Model
 from dtrain.config.tokens import Tokens
 from dtrain.core.cache_paths import cache_folder
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import atomic_folder, read_object, write_json
 from dtrain.core.hash_cache import cached_hash
 from dtrain.core.hashes import file_hash, fingerprint
@@ -29,7 +29,6 @@ from dtrain.core.weight_files import INDEX, SINGLE, read_header, weight_files
 from dtrain.models.check_base import check_new
 from dtrain.models.hub import PATTERNS, base_folder
 from dtrain.models.load import read_config
-from dtrain.models.meta_model import first_line
 from dtrain.models.packing_probe import build_probe_model
 from dtrain.models.peft_format import GENERATION
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_difference

@@ -349,17 +349,27 @@ def _with_sink(
     return pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1)), torch.cat([scores, column], dim=3)
 
 
-@contextmanager
-def recording_arguments() -> Iterator[set[str]]:
-    """Collect the names of the tensors that a model passes to the attention PROBE.
+@dataclass
+class PassedArguments:
+    """What a model passes to its attention.
 
-    Of those that `document_attention` could know nothing of, or that it needs: all but queries,
-    keys, values, a mask and positions.
+    Attributes:
+        names: of tensors that `document_attention` may know nothing of, or cannot do without: all
+            but queries, keys, values, a mask and positions.
+        largest_head: size of a query's head in the layer where it is largest.
     """
-    names = set[str]()
-    token = _recorded.set(names)
+
+    names: set[str] = field(default_factory=set)
+    largest_head: int = 0
+
+
+@contextmanager
+def recording_arguments() -> Iterator[PassedArguments]:
+    """Collect what a model passes to the attention PROBE."""
+    passed = PassedArguments()
+    token = _recorded.set(passed)
     try:
-        yield names
+        yield passed
     finally:
         _recorded.reset(token)
 
@@ -373,10 +383,12 @@ def _record_arguments(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention without values: [1, H, T, D] → [1, T, H, D of the values]."""
-    passed = {name for name, argument in kwargs.items() if isinstance(argument, Tensor)}
+    names = {name for name, argument in kwargs.items() if isinstance(argument, Tensor)}
     if key.shape[2] != query.shape[2]:  # it adds keys of its own
-        passed.add("key")
-    _recorded.get().update(passed - {"position_ids", "cache_position"})
+        names.add("key")
+    passed = _recorded.get()
+    passed.names |= names - {"position_ids", "cache_position"}
+    passed.largest_head = max(passed.largest_head, query.shape[-1])
     return query.new_empty(*query.transpose(1, 2).shape[:3], value.shape[-1]), None
 
 
@@ -392,7 +404,7 @@ def _meta_mask(q_length: int, **_: Any) -> Documents:
     return _MetaDocuments((q_length,), None)
 
 
-_recorded: ContextVar[set[str]] = ContextVar("recorded")
+_recorded: ContextVar[PassedArguments] = ContextVar("recorded")
 AttentionInterface.register(PROBE, _record_arguments)
 AttentionMaskInterface.register(PROBE, _meta_mask)
 AttentionInterface.register(NAME, document_attention)

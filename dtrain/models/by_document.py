@@ -25,12 +25,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 from transformers.integrations import hub_kernels
 
+from dtrain.core.errors import first_line
 from dtrain.core.log import say
 from dtrain.distributed.tensor_utils import send
 from dtrain.models.attention import known_document_lengths
 from dtrain.models.dropout import shared_key
 from dtrain.models.expert_layers import own_experts, router_layers
-from dtrain.models.meta_model import first_line, using_packages
+from dtrain.models.meta_model import using_packages
 
 KEEPS_STATE = "set_linear_cache"  # method of transformers' caches, called by such layers
 LENGTHS = "document_lengths"  # attribute: those of a layer's last training pass
@@ -171,6 +172,8 @@ def _ask(
             # without hooks: activation checkpointing would count, and recompute, what is saved
             with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
                 answer = _separates(module, forward, like, rest, more)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a package's code may raise anything
         answer, reason = False, first_line(error)
     finally:
@@ -205,12 +208,11 @@ def _separates(
     (passed_back,) = torch.autograd.grad(after_others[:, last:], others, weight[:, last:])
     if not torch.equal(whole[:, last:], after_others[:, last:]) or passed_back[:, :last].any():
         return False
-    alone = _hidden(_one_by_one(module, forward, ASKED, row, *rest, **more))
     learned = [row, *(p for p in module.parameters() if p.requires_grad)]
-    gradients = [
-        torch.autograd.grad(output, learned, weight, allow_unused=True) for output in (whole, alone)
-    ]
-    return all(map(_agree, (whole, *gradients[0]), (alone, *gradients[1])))
+    expected = torch.autograd.grad(whole, learned, weight, allow_unused=True)  # and frees its graph
+    alone = _hidden(_one_by_one(module, forward, ASKED, row, *rest, **more))
+    gradients = torch.autograd.grad(alone, learned, weight, allow_unused=True)
+    return all(map(_agree, (whole, *expected), (alone, *gradients)))
 
 
 def _hidden(output: Any) -> Tensor:

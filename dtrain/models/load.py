@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import is_flash_attn_2_available, logging
 
 from dtrain.config import schema
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import read_json
 from dtrain.core.log import warn
 from dtrain.core.weight_files import check_complete, read_headers
@@ -31,7 +31,6 @@ from dtrain.models.meta_model import (
     MetaValueDefaults,
     auto_class,
     build_meta_model,
-    first_line,
     linear_layers,
     unused_towers,
     without_modules,
@@ -129,7 +128,9 @@ def prepare_config(
 ) -> PretrainedConfig:
     """Turn off a config's dropout and set its attention implementation."""
     _disable_dropout(config)
-    config._attn_implementation = resolve_attention(settings.attention, config, device, dtype)
+    config._attn_implementation = resolve_attention(
+        settings.attention, config, device, dtype, settings.trust_remote_code
+    )
     return config
 
 
@@ -217,7 +218,11 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
 
 
 def resolve_attention(
-    name: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+    name: str,
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
 ) -> str:
     """Choose the fastest attention implementation that separates packed documents.
 
@@ -227,7 +232,8 @@ def resolve_attention(
     Raises:
         UserError: the named implementation is not available for this model or machine.
     """
-    usable = _supported_attentions(config)
+    arguments, largest_head = attention_arguments(config, trust_remote_code)
+    usable = _supported_attentions(config, arguments)
     if name != "auto":
         if name not in usable:
             raise UserError(
@@ -242,29 +248,22 @@ def resolve_attention(
                 where="model.attention",
                 fix="auto, which chooses one that this machine supports",
             )
-        if name == "flash_attention_2" and (size := _largest_head(config)) > varlen.LARGEST_HEAD:
+        if name == "flash_attention_2" and largest_head > varlen.LARGEST_HEAD:
             raise UserError(
-                f"{config.model_type!r} has heads of {size}, and flash_attention_2 takes at most "
-                f"{varlen.LARGEST_HEAD}",
+                f"{config.model_type!r} has heads of {largest_head}, and flash_attention_2 takes "
+                f"at most {varlen.LARGEST_HEAD}",
                 where="model.attention",
                 fix="auto",
             )
         return name
     on_flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
     on_flash = on_flash and {"flash_attention_2", attention.NAME} <= usable.keys()
-    if on_flash and _largest_head(config) <= varlen.LARGEST_HEAD:
+    if on_flash and largest_head <= varlen.LARGEST_HEAD:
         return "flash_attention_2"
     text = config.get_text_config(decoder=True)
     if getattr(text, "attn_logit_softcapping", None) is not None:
         return "eager"  # sdpa has no soft cap
     return next(name for name in (attention.NAME, "sdpa", "eager") if name in usable)
-
-
-def _largest_head(config: PretrainedConfig) -> int:
-    """Head size of the queries, in the attention layer where it is largest."""
-    model = build_meta_model(config, trust_remote_code=True)  # `read_config` asks for consent
-    sizes = [getattr(m, name, 0) for m in model.modules() for name in ("head_dim", "qk_head_dim")]
-    return max(size for size in sizes if type(size) is int)
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
@@ -277,7 +276,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     return found
 
 
-def _supported_attentions(config: PretrainedConfig) -> dict[str, None]:
+def _supported_attentions(config: PretrainedConfig, arguments: set[str]) -> dict[str, None]:
     """The attention implementations that a model's class declares, and that of its text model."""
     text: Any = AutoModel._model_mapping.get(type(config.get_text_config(decoder=True)), None)
     classes = [x for x in (model_class(config), text) if isinstance(x, type)]
@@ -286,7 +285,6 @@ def _supported_attentions(config: PretrainedConfig) -> dict[str, None]:
         return bool(classes) and all(getattr(x, trait, False) for x in classes)
 
     has_sdpa, takes_any = declare("_supports_sdpa"), declare("_supports_attention_backend")
-    arguments = attention_arguments(config)
     sinks = "s_aux" in arguments  # sdpa would leave them out
     documents = takes_any and (has_sdpa or sinks) and arguments <= {"s_aux"}
     support = {"eager": True, "sdpa": has_sdpa and not sinks, attention.NAME: documents}
@@ -294,29 +292,33 @@ def _supported_attentions(config: PretrainedConfig) -> dict[str, None]:
     return {name: None for name, has in support.items() if has}
 
 
-def attention_arguments(config: PretrainedConfig) -> set[str]:
-    """Names of what a model passes to its attention beyond queries, keys, values and a mask.
+def attention_arguments(config: PretrainedConfig, trust_remote_code: bool) -> tuple[set[str], int]:
+    """What a model passes to its attention beyond queries, keys, values and a mask.
 
     Sparse attention passes the tokens that it chose, or computes with its mask: "documents" would
     see all tokens of a document. The mask is among the names if the model takes none but tensors.
+
+    Returns:
+        Names, and the largest size of a query's head.
     """
-    key = config.to_json_string(use_diff=False)
+    key = config.to_json_string(use_diff=False), trust_remote_code
     if key not in _arguments:
-        with attention.recording_arguments() as names:
-            if not _computes(config, attention.PROBE) and _computes(config, "eager"):
-                names.add("attention_mask")
-        _arguments[key] = names
+        with attention.recording_arguments() as passed:
+            is_asked = _computes(config, trust_remote_code, attention.PROBE)
+            if not is_asked and _computes(config, trust_remote_code, "eager"):
+                passed.names.add("attention_mask")
+        _arguments[key] = passed.names, passed.largest_head
     return _arguments[key]
 
 
-_arguments: dict[str, set[str]] = {}  # by config: finding them takes a second
+_arguments: dict[tuple[str, bool], tuple[set[str], int]] = {}  # finding them takes a second
 
 
-def _computes(config: PretrainedConfig, name: str) -> bool:
+def _computes(config: PretrainedConfig, trust_remote_code: bool, name: str) -> bool:
     """Whether a model computes a text on the meta device with an implementation of attention."""
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     try:
-        model = build_meta_model(config, trust_remote_code=True, attention=name)
+        model = build_meta_model(config, trust_remote_code, attention=name)
         with silence_transformers(), MetaValueDefaults(), torch.no_grad():
             model(input_ids=ids, use_cache=False)
     except Exception:  # a model's code may raise anything on tensors without values

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations import hub_kernels
 from transformers.pytorch_utils import Conv1D
 
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, first_line
 
 TOKENS = 8
 INSTALL = re.compile(r"pip install [\w\-\[\]]+")  # in transformers' error of a missing package
@@ -220,11 +220,6 @@ def _parameters_on_meta(kept_elements: int) -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; its class name if it has none."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def unused_parameters(model: PreTrainedModel) -> set[str]:

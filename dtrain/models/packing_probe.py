@@ -28,12 +28,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dtrain.config import schema
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, first_line
 from dtrain.models.kernels import native
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import freeze_for_training, prepare_config, silence_transformers
 from dtrain.models.loss import target_logits
-from dtrain.models.meta_model import build_without_parameters, first_line
+from dtrain.models.meta_model import build_without_parameters
 
 CPU = torch.device("cpu")
 DOCUMENTS = (9, 14)  # tokens of each document

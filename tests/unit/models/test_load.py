@@ -163,6 +163,13 @@ def test_code_of_a_model_needs_trust_remote_code(folder: Path) -> None:
         load(folder)
 
 
+def test_code_of_a_model_that_transformers_knows_does_not_run(folder: Path) -> None:
+    """An old checkpoint of a known type may still name its own code."""
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "own.Model"})
+    (folder / "own.py").write_text("raise SystemExit('ran')")
+    assert type(load(folder)).__module__.startswith("transformers.models.")
+
+
 def test_unknown_or_unsupported_architectures_are_refused(folder: Path) -> None:
     edit_config(folder, model_type="nothing-known")
     with pytest.raises(UserError, match="unknown model_type 'nothing-known'"):
