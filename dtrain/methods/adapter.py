@@ -360,7 +360,9 @@ def resolve_targets(
             where = "method.target_modules and method.modules_to_save"
             raise UserError(message, where=where, fix="name it in one of them")
     used = (matched & layers.keys()) - unused
-    if not used and not match_names(experts, target_modules):
+    if isinstance(target_modules, list):
+        experts = match_names(experts, target_modules)
+    if not used and not experts:
         raise UserError("no text reaches any of these layers", where="method.target_modules")
     if used and used == named:
         return target_modules if isinstance(target_modules, str) else list(target_modules)

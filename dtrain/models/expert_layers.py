@@ -49,8 +49,17 @@ def check_experts(model: nn.Module, where: str) -> None:
     """Check that what chooses among the experts of a model, if it has any, is found.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not; or each expert is layers of its own.
     """
+    for name in own_experts(model):
+        module, counts = model.get_submodule(name), _expert_counts(model.get_submodule(name))
+        if any(isinstance(x, nn.ModuleList) and len(x) in counts for x in module.modules()):
+            raise UserError(
+                f"the experts of {name} are layers of their own, of which those without tokens get "
+                "no gradient",
+                where=where,
+                fix="choose a mixture of experts that transformers computes, or a dense model",
+            )
     blocks = {name.rpartition(".")[0] for name in routers(model)}
     names = [name for name, module in model.named_modules() if is_experts(module)]
     lost = [name for name in names if name.rpartition(".")[0] not in blocks]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from dtrain.models.meta_model import MetaValueDefaults, forward_meta, linear_layers
@@ -70,16 +71,6 @@ class WeightReadRecorder(TorchFunctionMode):
         read: layers whose weight was used while their forward was not running.
     """
 
-    METADATA: ClassVar[set[Any]] = {  # correct for a packed weight too
-        torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.device.__get__,
-        torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.is_meta.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.size,
-        torch.Tensor.dim,
-    }
-
     def __init__(self, owners: dict[Tensor, nn.Module]) -> None:
         super().__init__()
         self._owners = owners
@@ -89,9 +80,12 @@ class WeightReadRecorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func not in self.METADATA:
-            for value in (*args, *(kwargs or {}).values()):
-                owner = self._owners.get(value) if isinstance(value, nn.Parameter) else None
-                if owner is not None and owner not in self.running:
-                    self.read.add(owner)
-        return func(*args, **(kwargs or {}))
+        result = None
+        try:
+            result = func(*args, **(kwargs or {}))
+        finally:  # also of a function that needs values; a shape or a dtype is the same when packed
+            if result is None or any(isinstance(x, Tensor) for x in tree_leaves(result)):
+                given = (x for x in tree_leaves((args, kwargs)) if isinstance(x, nn.Parameter))
+                owners = {self._owners.get(x) for x in given} - self.running
+                self.read |= {owner for owner in owners if owner is not None}
+        return result

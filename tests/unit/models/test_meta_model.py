@@ -27,7 +27,7 @@ from dtrain.models.meta_model import (
 )
 from dtrain.models.quantize import nf4_layers
 from dtrain.models.sharded_loading import stream_base
-from dtrain.models.weight_reads import layers_read_outside_forward
+from dtrain.models.weight_reads import WeightReadRecorder, layers_read_outside_forward
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 LORA = Lora(kind="lora", r=2, dropout=0.0)
@@ -181,6 +181,15 @@ def test_layers_that_other_code_reads_get_no_adapter_and_no_nf4(kind: str) -> No
     named = LORA.model_copy(update={"target_modules": [READ[kind][0]]})
     with pytest.raises(UserError, match="gets no adapter: other code of the model reads"):
         build_method(named).attach(described, seed=0, device=META)
+
+
+def test_weights_are_read_by_what_computes_with_them() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    with WeightReadRecorder({x.weight: x for x in (first, second)}) as reads:
+        assert first.weight.numel() == 4 and first.weight.dtype == second.weight.dtype
+        assert not reads.read
+        torch.cat([first.weight, second.weight])
+    assert reads.read == {first, second}
 
 
 def test_a_model_of_which_nothing_would_be_in_nf4_is_refused(
