@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -63,7 +64,10 @@ def start(folder: Path, output: int, **options: object) -> subprocess.Popen[byte
 
 def outcome(folder: Path, process: subprocess.Popen[bytes]) -> tuple[str, int, int]:
     """What the exit report says, and the exit status, once all ranks have saved."""
-    status = process.wait(timeout=SECONDS)
+    try:
+        status = process.wait(timeout=SECONDS)
+    finally:
+        (folder / "finish").touch()  # ranks that missed what they wait for end too
     assert all((folder / f"saved-{rank}").exists() for rank in range(2))
     report = json.loads((folder / "outcome.json").read_text())
     return report["outcome"], report["status"], status
@@ -76,6 +80,7 @@ def terminal() -> Iterator[tuple[int, int, Callable[[], None]]]:
 
     def lead_session() -> None:
         os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else ignored where the tests run under nohup
         fcntl.ioctl(inner, termios.TIOCSCTTY, 0)
 
     yield outer, inner, lead_session
