@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from dtrain.models.meta_model import MetaValueDefaults, forward_meta, linear_layers
 
+CONTAINERS = nn.ModuleList | nn.ModuleDict | nn.Sequential
+
 
 def layers_read_outside_forward(model: PreTrainedModel) -> set[str]:
     """Names of the linear layers whose weight other code of the model reads or changes.
@@ -57,10 +59,13 @@ def layers_read_outside_forward(model: PreTrainedModel) -> set[str]:
     return {name for name in layers if _role(model, name) in read}
 
 
-def _role(model: nn.Module, name: str) -> tuple[type[nn.Module], str]:
-    """The class of the module that holds a layer, and the layer's name there."""
-    parent, _, leaf = name.rpartition(".")
-    return type(model.get_submodule(parent)), leaf
+def _role(model: nn.Module, name: str) -> tuple[type[nn.Module], tuple[str, ...]]:
+    """The class of the module that holds a layer, and the layer's name there without numbers."""
+    parts = name.split(".")
+    depth = len(parts) - 1
+    while isinstance(parent := model.get_submodule(".".join(parts[:depth])), CONTAINERS):
+        depth -= 1
+    return type(parent), tuple(part for part in parts[depth:] if not part.isdigit())
 
 
 class WeightReadRecorder(TorchFunctionMode):
