@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import models
 import reference
 import runs
 import torch
+from transformers import AutoConfig
+
+from dtrain.models.meta_model import build_meta_model
 
 # Relative: float32 sums in another order; rounding to bfloat16, of weights when they are merged.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -240,10 +244,18 @@ class Checks:
                 self.quantized(name, result)
 
     def quantized(self, name: str, run: runs.Run) -> None:
+        kept = tuple(self.kept_in_float32)
         for rank in run.observed():
-            kinds = set(rank["layers"].values())
+            layers = rank["layers"].items()
+            kinds = {kind for layer, kind in layers if not layer.endswith(kept)}
             if kinds != {"Linear4bit"}:
                 self.row.fault(f"{name}: targets that are not NF4", sorted(kinds))
+
+    @cached_property
+    def kept_in_float32(self) -> list[str]:
+        """Ends of the names of layers that transformers keeps in float32 whatever is asked."""
+        config = AutoConfig.from_pretrained(self.base)
+        return sorted(build_meta_model(config)._keep_in_fp32_modules or ())
 
     def full(self) -> None:
         """Every weight trains: losses of three steps against plain torch, documents alone."""
