@@ -252,7 +252,8 @@ def unused_linear_layers(model: PreTrainedModel) -> set[str]:
 
     def record(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         features = layer.nf if isinstance(layer, Conv1D) else layer.out_features
-        if not args or output.shape == (*args[0].shape[:-1], features):
+        is_comparable = bool(args) and isinstance(output, Tensor)  # Llama 4's router gives two
+        if not is_comparable or output.shape == (*args[0].shape[:-1], features):
             called.add(layer)
 
     hooks = [layer.register_forward_hook(record) for layer in layers.values()]

@@ -97,6 +97,17 @@ def test_a_layer_that_multiplies_groups_apart_is_no_linear_map() -> None:
     assert "model.layers.1.self_attn.o_b_proj" not in unused
 
 
+def test_a_linear_layer_may_return_more_than_its_product() -> None:
+    """Llama 4's router does; no text reaches the model's tower."""
+    text = {"num_hidden_layers": 2, "num_local_experts": 2, "vocab_size": 64}
+    config = AutoConfig.for_model(
+        "llama4", text_config=text, vision_config={"num_hidden_layers": 1}
+    )
+    unused = unused_linear_layers(build_meta_model(config))
+    assert any(name.startswith("vision_model.") for name in unused)
+    assert not any(name.startswith("language_model.") for name in unused)
+
+
 def test_layers_that_peft_cannot_adapt_are_left_out_or_refused(
     tmp_path: Path, save_small: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
