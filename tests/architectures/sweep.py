@@ -78,6 +78,7 @@ def tell_missing() -> int:
 def warm_up() -> None:
     """Import and compute once what every fork would; but no gradients, as forks.py says."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # a thread of a fork has no pool of OpenMP's
     torch.set_num_threads(1)
     for module in IMPORTED_LATE:
         import_module(module)
