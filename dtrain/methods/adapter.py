@@ -95,7 +95,9 @@ class AdapterMethod(AddedMethod[Settings]):
         prepare_token_rows(adapted)
         with_values = saved_parameters(adapted).keys() | token_row_parameters(adapted)
         self.initialize_all(adapted, seed, device, with_values)
-        key_dropouts(adapted)
+        if undropped := key_dropouts(adapted, described):
+            names = summarize_names(undropped)
+            say(f"no dropout where a layer computes other rows than tokens: {names}")
         adapted.train()
         if isinstance(adapted, PeftModel):
             loadable_config(adapted)  # raises before the training
@@ -329,36 +331,17 @@ def resolve_targets(
     Raises:
         UserError: a target that names no linear layer, only unused ones, or one that trains whole.
     """
-    output = model.get_output_embeddings()
     layers, read = linear_layers(model), layers_read_outside_forward(model) - unused
     if isinstance(target_modules, str):
-        named = {n for n, m in layers.items() if m is not output}
+        output = model.get_output_embeddings()
+        named = {name for name, layer in layers.items() if layer is not output}
         matched = named - saved - barred - read - routers
-        if passed := summarize_names(read & named):
-            say(f"no adapters where other code of the model reads the weight: {passed}")
-        if barred:
-            summary = summarize_names(barred)
-            say(f"{len(barred)} layers get no adapter, as PEFT has none for them: {summary}")
+        _say_left_out(read & named, barred)
     else:
         names = (name for name, _ in model.named_modules())  # as PEFT: of any kind
         named = matched = set(match_names(names, target_modules))
-        if chosen := sorted(matched & routers):
-            raise UserError(
-                f"{chosen[0]} is a router, which gets no adapter",
-                where="method.target_modules",
-                fix="leave it out; method.router=train trains it whole",
-            )
-        if chosen := sorted(matched & read):
-            raise UserError(
-                f"{chosen[0]} gets no adapter: other code of the model reads its weight",
-                where="method.target_modules",
-                fix="leave it out; where other layers end in that name, name those whole",
-            )
+        _check_adaptable(matched, saved, read, routers)
         _check_targets(model, target_modules, layers, experts)
-        if both := sorted(matched & saved):
-            message = f"{both[0]} cannot have an adapter and train whole"
-            where = "method.target_modules and method.modules_to_save"
-            raise UserError(message, where=where, fix="name it in one of them")
     used = (matched & layers.keys()) - unused
     if isinstance(target_modules, list):
         experts = match_names(experts, target_modules)
@@ -370,6 +353,35 @@ def resolve_targets(
         summary = summarize_names(without)
         say(f"{len(without)} layers get no adapter, as none would act there: {summary}")
     return sorted(used)
+
+
+def _say_left_out(read: set[str], barred: set[str]) -> None:
+    if read:
+        summary = summarize_names(read)
+        say(f"no adapters where other code of the model reads the weight: {summary}")
+    if barred:
+        summary = summarize_names(barred)
+        say(f"{len(barred)} layers get no adapter, as PEFT has none for them: {summary}")
+
+
+def _check_adaptable(matched: set[str], saved: set[str], read: set[str], routers: set[str]) -> None:
+    """Check layers that a recipe names; arguments and errors as for `resolve_targets`."""
+    if chosen := sorted(matched & routers):
+        raise UserError(
+            f"{chosen[0]} is a router, which gets no adapter",
+            where="method.target_modules",
+            fix="leave it out; method.router=train trains it whole",
+        )
+    if chosen := sorted(matched & read):
+        raise UserError(
+            f"{chosen[0]} gets no adapter: other code of the model reads its weight",
+            where="method.target_modules",
+            fix="leave it out; where other layers end in that name, name those whole",
+        )
+    if both := sorted(matched & saved):
+        message = f"{both[0]} cannot have an adapter and train whole"
+        where = "method.target_modules and method.modules_to_save"
+        raise UserError(message, where=where, fix="name it in one of them")
 
 
 def _check_targets(

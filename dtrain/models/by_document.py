@@ -171,7 +171,7 @@ def _ask(
         else:
             # without hooks: activation checkpointing would count, and recompute, what is saved
             with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
-                answer = _separates(module, forward, like, rest, more)
+                answer = _separates(module, partial(_call, forward, rest, more), like)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a package's code may raise anything
@@ -183,13 +183,17 @@ def _ask(
     return answer
 
 
-def _separates(
-    module: nn.Module,
+def _call(
     forward: Callable[..., Any],
-    like: Tensor,
     rest: tuple[Any, ...],
     more: dict[str, Any],
-) -> bool:
+    row: Tensor,
+    **bounds: Tensor,
+) -> Any:
+    return forward(row, *rest, **more, **bounds)
+
+
+def _separates(module: nn.Module, forward: Callable[..., Any], like: Tensor) -> bool:
     """Compare a random row computed whole with the same row computed document by document.
 
     Rounding hides what little a state may leave behind. So the last document must also be the same
@@ -203,14 +207,14 @@ def _separates(
     )
     others = torch.cat([others[:, :last], row[:, last:]], dim=1)
     row, others = row.requires_grad_(), others.requires_grad_()
-    whole = _hidden(forward(row, *rest, **more, **bounds))
-    after_others = _hidden(forward(others, *rest, **more, **bounds))
+    whole = _hidden(forward(row, **bounds))
+    after_others = _hidden(forward(others, **bounds))
     (passed_back,) = torch.autograd.grad(after_others[:, last:], others, weight[:, last:])
     if not torch.equal(whole[:, last:], after_others[:, last:]) or passed_back[:, :last].any():
         return False
     learned = [row, *(p for p in module.parameters() if p.requires_grad)]
     expected = torch.autograd.grad(whole, learned, weight, allow_unused=True)  # and frees its graph
-    alone = _hidden(_one_by_one(module, forward, ASKED, row, *rest, **more))
+    alone = _hidden(_one_by_one(module, forward, ASKED, row))
     gradients = torch.autograd.grad(alone, learned, weight, allow_unused=True)
     return all(map(_agree, (whole, *expected), (alone, *gradients)))
 

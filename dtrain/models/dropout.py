@@ -7,6 +7,7 @@ recomputation drop the same elements.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dtrain.core.errors import UserError
 from dtrain.models.kernels import native
+from dtrain.models.meta_model import TOKENS, MetaValueDefaults, forward_meta, linear_layers
 
 LANES = 4  # 16-bit numbers in a drawn int64: four elements per draw
 LEVELS = 1 << 16
@@ -87,11 +90,11 @@ class KeyedDropout(KeyedModule):
             x: [1, T, h]; or [T, h], as Qwen's shared experts, or [1, 1, T, h], as DeepSeek's keys.
 
         Raises:
-            UserError: the layer computes other rows than the tokens, as ProphetNet's and Zaya's.
+            UserError: the layer computes other rows than the tokens; `uneven_layers` missed it.
         """
         key, part = self.key, self.key.part
         tokens = sum(key.lengths or ()) if part is None else part.stop - part.start
-        first = next((size for size in x.shape[:-1] if size > 1), 1)
+        first = _rows(x)
         if first != tokens:
             raise UserError(
                 f"{self.layer} computes {first} rows for {tokens} tokens, so that it is unknown "
@@ -152,16 +155,61 @@ class _Drop(torch.autograd.Function):
         return (gradient * ctx.scale).mul_(kept), None, None
 
 
-def key_dropouts(model: nn.Module) -> None:
-    """Replace every dropout of an adapter with p > 0 by KeyedDropout."""
-    key = shared_key(model)
+def key_dropouts(model: nn.Module, described: PreTrainedModel) -> list[str]:
+    """Replace every dropout of an adapter with p > 0 by KeyedDropout.
+
+    Args:
+        described: the base, from `build_meta_model`.
+
+    Returns:
+        Layers whose adapters have no dropout, as no mask would fit their rows.
+    """
+    key, without, uneven = shared_key(model), list[str](), uneven_layers(described)
     modules = list(model.named_modules())
     layers: list[tuple[str, nn.Module]] = [x for x in modules if isinstance(x[1], BaseTunerLayer)]
     for name, layer in layers:
         for dropouts in layer.children():  # PEFT keeps them by the adapter's name
             for adapter, dropout in list(dropouts.named_children()):
-                if isinstance(dropouts, nn.ModuleDict) and isinstance(dropout, nn.Dropout):
+                if not isinstance(dropouts, nn.ModuleDict) or not isinstance(dropout, nn.Dropout):
+                    continue
+                base_name = name.removeprefix("base_model.model.")
+                if base_name in uneven:
+                    dropouts[adapter] = nn.Identity()
+                    without.append(base_name)
+                else:
                     dropouts[adapter] = KeyedDropout(dropout.p, name, key)
+    return without
+
+
+def uneven_layers(model: PreTrainedModel) -> set[str]:
+    """Names of the linear layers that compute other rows than one for each token.
+
+    ProphetNet computes several streams, Zaya a token by itself, and RoBERTa's head has a layer that
+    sees the targets alone.
+
+    Args:
+        model: from `build_meta_model`.
+
+    Returns:
+        Those found until the forward pass needed values.
+    """
+    layers, uneven = linear_layers(model), set[nn.Module]()
+
+    def record(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and _rows(args[0]) != TOKENS:
+            uneven.add(layer)
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers.values()]
+    with suppress(Exception), MetaValueDefaults(), torch.no_grad():
+        forward_meta(model, targets=TOKENS // 2)
+    for hook in hooks:
+        hook.remove()
+    return {name for name, layer in layers.items() if layer in uneven}
+
+
+def _rows(x: Tensor) -> int:
+    """The number of rows of [1, T, h], [T, h] or [1, 1, T, h]."""
+    return next((size for size in x.shape[:-1] if size > 1), 1)
 
 
 def shared_key(model: nn.Module) -> DropoutKey:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
+from inspect import signature
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -280,10 +281,17 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
 
 
-def forward_meta(model: PreTrainedModel) -> Tensor:
-    """The logits of a text; a model's code may raise anything on tensors without values."""
+def forward_meta(model: PreTrainedModel, targets: int = TOKENS) -> Tensor:
+    """The logits of a text; a model's code may raise anything on tensors without values.
+
+    Args:
+        targets: how many of the tokens the head computes, where the model lets it choose.
+    """
     input_ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
-    logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    more = {}
+    if targets < TOKENS and "logits_to_keep" in signature(model.forward).parameters:
+        more["logits_to_keep"] = torch.zeros(targets, dtype=torch.long, device="meta")
+    logits: Tensor = model(input_ids=input_ids, use_cache=False, **more).logits
     return logits
 
 

@@ -127,7 +127,7 @@ def _combine(
             return None
         workload, cluster = changed.workload, changed.cluster
         made[change] = changed
-    parts = list(made.values())  # in this order: a method that is written anew has a rank too
+    parts = list(made.values())  # in this order: a method written whole has a rank too
     # Of two values for a key the last counts, as on a command line.
     last = {setting.partition("=")[0]: setting for part in parts for setting in part.settings}
     settings = tuple(last.values())

@@ -80,7 +80,7 @@ def over_nf4(method: MethodSettings) -> tuple[MethodSettings, str]:
     shared |= {name for name in fields if getattr(quantized, name) != getattr(default, name)}
     if shared <= method.model_fields_set <= shared | {"kind"}:
         return quantized, f"method.kind={kind}"
-    # Keys that the other kind lacks must go, and its defaults are its own: all are written anew.
+    # Keys that the other kind lacks must go, and its defaults are its own: all are written.
     values = [f"{name}: {json.dumps(getattr(quantized, name))}" for name in sorted(shared)]
     return quantized, f"method={{{', '.join([f'kind: {kind}', *values])}}}"
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
 from dtrain.methods.base import build_method
-from dtrain.models.dropout import DropoutKey, KeyedDropout, set_dropout_key
+from dtrain.models.dropout import DropoutKey, KeyedDropout, set_dropout_key, uneven_layers
 from dtrain.models.kernels import native
+from dtrain.models.meta_model import build_meta_model
 
 LENGTHS = {7: 12, 8: 20}  # tokens of each sequence
 
@@ -150,3 +153,24 @@ def test_compiled_loops_draw_the_same_masks(lengths: list[int]) -> None:
         key = DropoutKey(7, 11, list(range(len(lengths))), lengths)
         result.append(KeyedDropout(0.05, "layer", key).keep_mask(torch.empty(1, tokens, 3)))
     assert torch.equal(*result)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "layers"),
+    [
+        ("llama", {}, set()),
+        ("qwen2_moe", {}, set()),
+        ("deepseek_v3", {}, set()),
+        ("roberta", {"is_decoder": True}, {"lm_head.dense"}),
+        ("prophetnet", {"num_decoder_layers": 1}, {"query_proj", "key_proj", "out_proj"}),
+        ("zaya", {}, {"self_attn.qkv_proj.v_proj_delayed"}),
+    ],
+)
+def test_layers_that_compute_other_rows_than_tokens_are_found(
+    kind: str, settings: dict[str, Any], layers: set[str]
+) -> None:
+    config = AutoConfig.for_model(kind, **(settings or {"num_hidden_layers": 1}))
+    uneven = uneven_layers(build_meta_model(config))
+    head = {name for name in uneven if name.endswith(("lm_head", "lm_head.decoder"))}
+    assert all(any(name.endswith(layer) for name in uneven) for layer in layers)
+    assert head and bool(uneven - head) == bool(layers), "the head computes targets alone"
