@@ -42,7 +42,7 @@ class BackgroundTracker(Callback):
     def __init__(self, name: str, open_run: Callable[[], TrackerRun]) -> None:
         self._name, self._open_run = name, open_run
         self._queue: Queue[Callable[[TrackerRun], None] | None] = Queue(QUEUE_RECORDS)
-        self._is_over = False
+        self._is_over, self._lock = False, threading.Lock()
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
@@ -66,7 +66,7 @@ class BackgroundTracker(Callback):
         with suppress(Full):
             self._queue.put_nowait(None)
         self._thread.join(CLOSE_SECONDS)
-        if self._thread.is_alive() and not self._is_over:
+        if self._thread.is_alive():
             self._give_up("does not answer")
 
     def _work(self) -> None:
@@ -76,11 +76,13 @@ class BackgroundTracker(Callback):
                 record(run)
             run.close()
         except (Exception, SystemExit) as error:  # of a client, which may be anything
-            reason = first_line(error)
-            self._give_up(reason)
+            self._give_up(first_line(error))
 
     def _give_up(self, reason: str) -> None:
-        self._is_over = True
+        with self._lock:  # a client that did not answer in time can fail later, in the thread
+            if self._is_over:
+                return
+            self._is_over = True
         warn(f"{self._name}: {reason}; it gets no more metrics of this stage (metrics.jsonl does)")
 
 
