@@ -1,8 +1,7 @@
 """dtrain from Python: load or build a recipe, plan it, run it here or submit it, read its metrics.
 
-A recipe is a `Recipe`, a file, the name of a shipped recipe, or its values as a dict. Runs are
-processes of their own, as with the command `dtrain`: they survive nothing less, and nothing of
-them stays in this process.
+A recipe is a `Recipe`, a file, the name of a shipped recipe, or its values as a dict. A run is a
+separate process, as with the command `dtrain`; it leaves nothing behind in this one.
 """
 
 from __future__ import annotations

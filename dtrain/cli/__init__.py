@@ -1,4 +1,4 @@
-"""The `dtrain` command: one file per subcommand, only argument handling and printing.
+"""The `dtrain` command: one file per group of subcommands, only argument handling and printing.
 
 Subcommands import what they need when they run, so that help, check and recipes work without torch.
 """

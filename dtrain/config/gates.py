@@ -29,7 +29,7 @@ class Gate(Group):
         return self
 
     def excess(self, before: float, after: float) -> float:
-        """By how much a change exceeds the limit; negative if it does not."""
+        """How much a change exceeds the limit by; negative if it does not."""
         if self.max_drop is not None:
             return before - after - self.max_drop
         assert self.max_increase is not None

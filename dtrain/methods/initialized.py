@@ -141,7 +141,7 @@ class InitializedLora(LoraMethod):
                 self._first[name] = a, b
 
     def saved_tensors(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of an adapter that counts from its start, B A - B₀ A₀ as one product of rank 2 r."""
+        """Tensors to save; if the adapter counts from its start, B A - B₀ A₀ as one of rank 2 r."""
         assert bool(self._first) == self.traits.counts_from_start
         saved = super().saved_tensors(model, tensors)
         for name, (a, b) in self._first.items():

@@ -38,7 +38,7 @@ NO_EXPERT = -1  # counts nowhere: of a token that a router lets pass
 LAYER = re.compile(r"\w+\.\d+(?=\.)")  # the first part of a name that is numbered
 
 RouterSums = list[tuple[Tensor, Tensor]]
-"""Of each call of a router: choices [E], and sums of probabilities [E]."""
+"""Choices [E] and sums of probabilities [E] of each call of a router."""
 
 
 class LoadBalance:

@@ -199,7 +199,7 @@ class AttemptTimes:
 
     @property
     def seconds(self) -> float:
-        """From its start to its end."""
+        """Time from its start to its end."""
         return max(0.0, self.ended - self.start.started)
 
 

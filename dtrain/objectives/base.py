@@ -8,7 +8,7 @@ The training loop and the evaluator see nothing else. A step runs:
         output = objective.loss(model, batch, statistics)
         backward(output.loss / weight)                       # summed over micro-batches and ranks
 
-Letters: T tokens of a micro-batch, I items (supervised tokens, or examples such as pairs).
+Letters: T tokens of a micro-batch, I items (targets, or examples such as pairs).
 """
 
 from __future__ import annotations

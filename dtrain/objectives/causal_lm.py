@@ -22,7 +22,7 @@ GAPS = tuple(f"gap_{number}" for number in range(BINS))
 
 
 class CausalLm(Objective):
-    """Cross-entropy of the supervised tokens; an item is a supervised token.
+    """Cross-entropy of the targets; an item is a target.
 
     A held-out set with `calibration` measures the expected calibration error in the same pass.
     """

@@ -1,6 +1,6 @@
 """Distillation (arXiv:1503.02531): answers' tokens learn the probabilities of a teacher.
 
-An item is a supervised token. Its loss is (1 - w) t² D + w C, with the divergence D from the
+An item is a target. Its loss is (1 - w) t² D + w C, with the divergence D from the
 teacher at temperature t, the cross-entropy C of the row's own token, and w = `ce_weight`.
 """
 

@@ -22,7 +22,7 @@ CHUNK_BYTES = 1 << 28  # float32 logits of one chunk; each chunk reads the whole
 
 
 DISTILL_COPIES = 6
-"""Of a chunk's logits in a divergence: two log-softmaxes, their mixture, and three terms."""
+"""Copies of a chunk's logits in a divergence: two log-softmaxes, their mixture, three terms."""
 
 
 def chunk_rows(vocabulary: int) -> int:

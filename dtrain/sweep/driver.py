@@ -327,7 +327,7 @@ class Driver:
         return self._is_over
 
     def _gpu_hours(self) -> float:
-        """Of all runs, those that work included."""
+        """GPU-hours of all runs, those that work included."""
         working = [run for run in self.record.runs if run.state in ("running", "stopping")]
         now = sum(spent(self.folder.run(run.name))[1] for run in working)
         return self.record.gpu_hours + now

@@ -160,7 +160,7 @@ class SweepRecord(_Record):
 
     @property
     def gpu_hours(self) -> float:
-        """Of all runs that have ended."""
+        """GPU-hours of all runs that have ended."""
         return sum(run.gpu_hours for run in self.runs)
 
     def write(self, folder: SweepDir) -> None:

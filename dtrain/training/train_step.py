@@ -1,9 +1,8 @@
 """One optimizer step: the global batch forward and backward, then one update.
 
 The loss is the objective's sum over the global batch divided by the weight of the global batch
-(the number of supervised tokens, or of pairs; of sources with a loss weight, the sum of their
-factors over these tokens), so it does not depend on how sequences are split
-over ranks and micro-batches.
+(the number of targets, or of pairs; of sources with a loss weight, the sum of their factors over
+the targets), so it does not depend on how sequences are split over ranks and micro-batches.
 """
 
 from __future__ import annotations

@@ -204,9 +204,9 @@ class Trainer:
             metrics["experts"] = result.experts
         if not result.finite:
             metrics["skipped"] = "non-finite loss or gradient"
-            rows = [int(row) for row in loader.batch(step - 1) if row != NO_SEQUENCE]
+            sequence_ids = [int(i) for i in loader.batch(step - 1) if i != NO_SEQUENCE]
             metrics["documents"] = [
-                d for row in rows for d in loader.dataset.sequence(row).documents
+                d for i in sequence_ids for d in loader.dataset.sequence(i).documents
             ]
         return metrics
 
@@ -226,18 +226,18 @@ def peak_flops(engine: Engine) -> float | None:
 
 
 def total_sequences(
-    train: Train, sequences_in_epochs: Callable[[float], int], tokens_per_row: float
+    train: Train, sequences_in_epochs: Callable[[float], int], tokens_per_sequence: float
 ) -> int:
     """Sequences that the stage trains on; only `epochs` may end inside a global batch.
 
     Args:
-        rows_of: sequences in so many passes.
-        tokens_per_row: mean number of tokens in a sequence, padding not counted.
+        sequences_in_epochs: number of passes → sequences in them.
+        tokens_per_sequence: mean number of tokens in a sequence, padding not counted.
     """
     batch = train.global_batch_size
     if train.steps is not None:
         return train.steps * batch
     if train.tokens is not None:
-        return ceil(train.tokens / (tokens_per_row * batch)) * batch
+        return ceil(train.tokens / (tokens_per_sequence * batch)) * batch
     assert train.epochs is not None
     return sequences_in_epochs(train.epochs)

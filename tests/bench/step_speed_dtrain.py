@@ -70,7 +70,7 @@ def least_seconds(inputs: Any, steps: range) -> float:
     """CPU seconds of the matrix products that no implementation can leave out, at their best rate.
 
     Each weight meets each token once forward and once backward, and once more if it trains; the
-    output matrix meets the supervised tokens only; attention looks back inside its document.
+    output matrix meets the targets only; attention looks back inside its document.
     """
     model, config = inputs.engine.module, inputs.engine.module.config
     trains = model.get_output_embeddings().weight.requires_grad

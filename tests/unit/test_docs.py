@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from dtrain.config.methods import TRAITS, QuantizableSettings, parse_method
 from dtrain.config.objectives import OBJECTIVES
+from dtrain.core.errors import Exit
 
 ROOT = Path(__file__).parents[2]
 IGNORED = {".venv", ".venv-lowest", ".git", "node_modules"}
@@ -59,18 +61,36 @@ def test_architecture_page_names_existing_functions() -> None:
     assert not {owner for owner, _ in named if owner} - classes
 
 
-def test_architecture_page_lists_the_floors() -> None:
+@pytest.fixture(scope="module")
+def floors() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         "floors", Path(__file__).with_name("test_floors.py")
     )
     assert spec is not None and spec.loader is not None
-    floors = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(floors)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_architecture_page_lists_the_floors(floors: ModuleType) -> None:
     page = (ROOT / "dtrain" / "README.md").read_text("utf-8")
     rows = re.findall(r"^\| (\d+) \| (`.*?) \|", page, re.MULTILINE)
     table = {int(number): set(re.findall(r"`(\w+)`", names)) for number, names in rows}
     expected = [floor for floor in floors.FLOORS if "__main__" not in floor]
     assert table == dict(enumerate(expected))
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "dtrain/README.md"])
+def test_pages_list_what_needs_no_torch(name: str, floors: ModuleType) -> None:
+    sentences = re.split(r"[.|]\s", (ROOT / name).read_text("utf-8"))
+    (sentence,) = [s for s in sentences if re.search(r"neither\s+torch\s+nor\s+transformers", s)]
+    assert set(re.findall(r"`(\w+)`", sentence)) == floors.NO_TORCH
+
+
+def test_readme_explains_every_exit_status() -> None:
+    page = (ROOT / "README.md").read_text("utf-8")
+    table = page.partition("| exit status |")[2].partition("\n\n")[0]
+    assert [int(status) for status in re.findall(r"^\| (\d+) \|", table, re.M)] == sorted(Exit)
 
 
 def guide_table(head: str) -> dict[str, list[str]]:

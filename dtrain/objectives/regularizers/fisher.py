@@ -39,7 +39,7 @@ from dtrain.models.loss import target_losses
 from dtrain.objectives.base import StageContext, adapters_disabled
 
 Factors = dict[str, Tensor]
-"""By "LAYER.u" and "LAYER.v": float32 [o] and [h] of a layer."""
+"""Factors by "LAYER.u" and "LAYER.v": float32 [o] and [h] of a layer."""
 
 
 def adapted_layers(module: nn.Module) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def all_rows(dataset):
 
 
 def documents(dataset):
-    """(place, tokens, supervised) of every piece of every row."""
+    """(position, tokens, targets) of every segment of every sequence."""
     for row in all_rows(dataset):
         start = 0
         for location, length in zip(row.documents, row.lengths.tolist(), strict=True):
