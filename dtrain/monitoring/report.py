@@ -110,15 +110,15 @@ def _headline(record: RunRecord) -> str:
 
 def _start(record: RunRecord, price: float | None) -> str:
     """When, where and on what the run was started, and what it cost."""
-    if not record.attempts:
+    if not record.starts:
         return ""
-    first, last = record.attempts[0].start, record.attempts[-1].start
+    first, last = record.starts[0].start, record.starts[-1].start
     hours = record.gpu_hours
     texts = [
         _clock(first.started),
         f"{last.nodes} nodes, first {last.host}" if last.nodes > 1 else last.host,
         f"{last.gpus} x {last.device}" if last.gpus else f"{last.ranks} processes on a CPU",
-        f"{len(record.attempts)} attempts" if len(record.attempts) > 1 else "",
+        f"{len(record.starts)} attempts" if len(record.starts) > 1 else "",
         f"{hours:.2f} GPU-hours" if hours else "",
         f"{hours * price:,.2f} at {price:g} per GPU-hour" if hours and price is not None else "",
     ]
@@ -131,10 +131,10 @@ def _clock(seconds: float) -> str:
 
 def _attempts(record: RunRecord) -> list[dict[str, Any]]:
     """Rows of the attempts, with their place on the time axis in percent."""
-    if not record.attempts:
+    if not record.starts:
         return []
-    began = record.attempts[0].start.started
-    whole = max(max(attempt.ended for attempt in record.attempts) - began, 1e-9)
+    began = record.starts[0].start.started
+    whole = max(max(timed.ended for timed in record.starts) - began, 1e-9)
     return [
         {
             "number": number,
@@ -147,7 +147,7 @@ def _attempts(record: RunRecord) -> list[dict[str, Any]]:
             "left": 100 * (attempt.start.started - began) / whole,
             "width": 100 * attempt.seconds / whole,
         }
-        for number, attempt in enumerate(record.attempts, start=1)
+        for number, attempt in enumerate(record.starts, start=1)
     ]
 
 

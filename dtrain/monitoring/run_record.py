@@ -18,7 +18,7 @@ from dtrain.monitoring.alerts import find_alerts
 from dtrain.monitoring.file_types import EvaluationFile, Lineage, Prediction, RecipeValues
 from dtrain.monitoring.metrics import read_metrics
 from dtrain.monitoring.scores import MIN_CHANGE, ScoreRow, score_rows
-from dtrain.monitoring.starts import AttemptTimes, attempts_of, read_starts
+from dtrain.monitoring.starts import TimedStart, read_starts, timed_starts
 from dtrain.monitoring.uncertainty import paired_standard_error
 
 MAX_PROMPTS = 8  # of a set in the report
@@ -102,7 +102,7 @@ class RunRecord:
         lineage, evaluation: contents of the JSON files; empty if they are missing.
         metrics: the lines of each stage's metrics.jsonl, by stage.
         answers: to the first prompts of each set of `evaluation.generation`.
-        attempts: when and where the ranks were started.
+        starts: when and where the ranks were started.
         errors: files that cannot be read, and why.
     """
 
@@ -113,7 +113,7 @@ class RunRecord:
     evaluation: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     answers: list[PromptAnswers] = field(default_factory=list)
-    attempts: list[AttemptTimes] = field(default_factory=list)
+    starts: list[TimedStart] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     @property
@@ -168,8 +168,8 @@ class RunRecord:
 
     @property
     def gpu_hours(self) -> float:
-        """Hours of all attempts, times their GPUs."""
-        return sum(a.seconds * a.start.gpus for a in self.attempts) / 3600
+        """Hours of all starts, times their GPUs."""
+        return sum(s.seconds * s.start.gpus for s in self.starts) / 3600
 
     def losses_around(self, stage: str) -> dict[str, tuple[float | None, float | None]]:
         """The held-out losses before and after a stage, by set."""
@@ -202,7 +202,7 @@ def read_run(folder: Path) -> RunRecord:
         if lines := read_metrics(run.stage(name).metrics):
             record.metrics[name] = lines
     record.answers = _read_answers(run, record.models)
-    record.attempts = attempts_of(read_starts(run), record.metrics)
+    record.starts = timed_starts(read_starts(run), record.metrics)
     return record
 
 

@@ -195,7 +195,7 @@ def _seconds_since_change(run: RunDir) -> float | None:
 def _log_lines(run: RunDir) -> Iterator[str]:
     """The newest lines of the job's log, without control characters."""
     log = None
-    with suppress(UserError):  # a damaged list of attempts
+    with suppress(UserError):  # a damaged list of starts
         log = log_of(run.path)
     if log is None:
         return

@@ -1,7 +1,8 @@
-"""starts.jsonl of a run folder: each attempt of the ranks, from its start to its end.
+"""starts.jsonl of a run folder: each start of the ranks, until its end.
 
-A start adds a line, with the environment that it runs in, and so does its end. A killed attempt has
-no second line: it ended with its last sign of life, the newest line of its metrics.
+A start adds a line, with the environment that it runs in, and so does its end. A killed one has no
+second line: it ended with its last sign of life, the newest line of its metrics. An attempt has
+several starts if a launcher starts its ranks again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from dtrain.launching.commands import COMMAND
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 GIT_SECONDS = 5.0
 REASON_CHARACTERS = 300
-LOST = "lost"  # the outcome of an attempt without an end
+LOST = "lost"  # the outcome of a start without an end
 # Variables in which launchers and Slurm give all ranks of one start the same values, and those of
 # the next start others. Times would compare the clocks of a node and of the file server.
 START_VARIABLES = (
@@ -71,7 +72,7 @@ class Start:
         command: that was typed or submitted.
         output: file or terminal that the first rank prints to; empty if unknown.
         start: see `start_id`.
-        previous_ended: last sign of life of the attempt before; None for the first.
+        previous_ended: last sign of life of the start before; None for the first.
         ended: seconds since 1970; None while it runs, and if it was killed.
         outcome: finished, interrupted or failed; empty without an end.
         reason: why it ended, in one line.
@@ -118,7 +119,7 @@ def record_start(
     hosts: Mapping[str, str] | None = None,
     cuda: str | None = None,
 ) -> None:
-    """Add this attempt to a run's starts; called on the first rank.
+    """Add this start to a run's; called on the first rank.
 
     Args:
         hosts: see `Start`.
@@ -143,7 +144,7 @@ def record_start(
 
 
 def record_end(run: RunDir, start: str, outcome: str, reason: str) -> None:
-    """Add the end of the attempt with this id to a run's starts; a later one replaces it.
+    """Add the end of the start with this id; a later one replaces it.
 
     Raises:
         OSError: it cannot be written.
@@ -185,12 +186,12 @@ def _add_end(starts: list[Start], end: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class AttemptTimes:
-    """An attempt in the report.
+class TimedStart:
+    """A start, with what it did.
 
     Attributes:
         ended: seconds since 1970.
-        steps: by stage, those that it made and no later attempt repeated.
+        steps: by stage, those that it made and no later start repeated.
     """
 
     start: Start
@@ -203,10 +204,10 @@ class AttemptTimes:
         return max(0.0, self.ended - self.start.started)
 
 
-def attempts_of(
+def timed_starts(
     starts: Sequence[Start], metrics: dict[str, list[dict[str, Any]]]
-) -> list[AttemptTimes]:
-    """The attempts of a run with their ends and steps.
+) -> list[TimedStart]:
+    """The starts of a run with their ends and steps.
 
     Args:
         metrics: lines of each stage's metrics.jsonl.
@@ -217,7 +218,7 @@ def attempts_of(
         for line in lines
         if isinstance(line.get("time"), int | float)
     ]
-    attempts = []
+    timed = []
     for number, start in enumerate(starts):
         after = starts[number + 1] if number + 1 < len(starts) else None
         limit = after.started if after else float("inf")
@@ -230,8 +231,8 @@ def attempts_of(
         steps: dict[str, int] = {}
         for _, stage in mine:
             steps[stage] = steps.get(stage, 0) + 1
-        attempts.append(AttemptTimes(start, max(ends), steps))
-    return attempts
+        timed.append(TimedStart(start, max(ends), steps))
+    return timed
 
 
 def _start(record: dict[str, Any]) -> Start | None:

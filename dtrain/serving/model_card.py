@@ -436,9 +436,9 @@ def held_out_table(record: RunRecord, stages: Sequence[Stage]) -> list[list[str]
 
 def _environment(record: RunRecord, stages: Sequence[Stage]) -> str:
     """What trained the stages; empty if it is not recorded."""
-    if not record.attempts:
+    if not record.starts:
         return ""
-    start = record.attempts[-1].start
+    start = record.starts[-1].start
     versions = ", ".join(f"{name} {version}" for name, version in start.versions.items())
     facts = [record.artifacts.get(stage.name, {}) for stage in stages]
     seconds = sum(fact.get("seconds") or 0 for fact in facts)

@@ -14,7 +14,7 @@ from dtrain.core.files import read_json
 from dtrain.core.run_dir import METRICS, RunDir
 from dtrain.monitoring.file_types import EvaluationFile
 from dtrain.monitoring.metrics import read_metrics
-from dtrain.monitoring.starts import attempts_of, read_starts
+from dtrain.monitoring.starts import read_starts, timed_starts
 from dtrain.sweep.record import Point
 
 WINDOWS = 10  # of a stage, whose mean training losses count as evaluations
@@ -125,8 +125,8 @@ def tail(path: Path) -> str:
 
 
 def spent(run: RunDir) -> tuple[float, float]:
-    """Seconds and GPU-hours of all attempts of a run."""
+    """Seconds and GPU-hours of all starts of a run."""
     metrics = {path.parent.name: read_metrics(path) for path in run.path.glob(f"*/{METRICS}")}
-    attempts = attempts_of(read_starts(run), metrics)
-    hours = sum(attempt.seconds * attempt.start.gpus for attempt in attempts) / 3600
-    return sum(attempt.seconds for attempt in attempts), hours
+    starts = timed_starts(read_starts(run), metrics)
+    hours = sum(timed.seconds * timed.start.gpus for timed in starts) / 3600
+    return sum(timed.seconds for timed in starts), hours

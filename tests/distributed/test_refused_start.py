@@ -81,7 +81,7 @@ def test_refused_starts_leave_a_finished_run_as_it_was(finished, tmp_path) -> No
         assert message in start.output and content(run) == before
     assert "the recipe does not have" in str(RunDir(run).read_exit_report()["reason"])
     assert read_state(run).state == "finished"
-    assert [a.start.outcome for a in read_run(run).attempts] == ["finished"]
+    assert [a.start.outcome for a in read_run(run).starts] == ["finished"]
     finished(names=("domain", "task", "more")).wait(0)  # what is not refused goes on
     assert [a["name"] for a in json.loads((run / "lineage.json").read_text())["artifacts"]] == [
         *("domain", "task", "more")

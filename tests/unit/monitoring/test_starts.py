@@ -1,4 +1,4 @@
-"""Attempts: when each one began and ended, and what it contributed."""
+"""Starts of the ranks: when each began and ended, and what it contributed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from dtrain.core.run_dir import RunDir
 from dtrain.monitoring.report import write_report
 from dtrain.monitoring.run_record import read_run
-from dtrain.monitoring.starts import Start, attempts_of, read_starts, record_start
+from dtrain.monitoring.starts import Start, read_starts, record_start, timed_starts
 
 
 def test_a_start_is_recorded_with_host_and_versions(tmp_path: Path) -> None:
@@ -40,18 +40,22 @@ def test_a_machine_without_proc_records_its_starts(
     assert before - 1 < read_starts(RunDir(tmp_path))[0].started < time.time() + 1
 
 
-def test_attempts_end_with_their_last_sign_of_life() -> None:
+def test_starts_end_with_their_last_sign_of_life() -> None:
     def start(at: float, previous: float | None = None) -> Start:
         return Start(at, "node1", 1, 8, "NVIDIA H100", previous_ended=previous)
 
-    # The second attempt was killed: the third dropped the lines of its lost steps.
+    # The second start was killed: the third dropped the lines of its lost steps.
     starts = [start(1000.0), start(5000.0, 2000.0), start(9000.0, 8000.0)]
     times = {"domain": [1500.0, 2000.0, 6000.0, 9500.0], "task": [9600.0]}
     metrics = {stage: [{"step": 1, "time": t} for t in ts] for stage, ts in times.items()}
-    attempts = attempts_of(starts, metrics)
-    assert [attempt.seconds for attempt in attempts] == [1000.0, 3000.0, 600.0]
-    assert [a.steps for a in attempts] == [{"domain": 2}, {"domain": 1}, {"domain": 1, "task": 1}]
-    assert attempts_of([], metrics) == []
+    timed = timed_starts(starts, metrics)
+    assert [start.seconds for start in timed] == [1000.0, 3000.0, 600.0]
+    assert [start.steps for start in timed] == [
+        {"domain": 2},
+        {"domain": 1},
+        {"domain": 1, "task": 1},
+    ]
+    assert timed_starts([], metrics) == []
 
 
 @pytest.mark.parametrize(
