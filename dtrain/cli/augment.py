@@ -59,9 +59,9 @@ def augment(
     rows: Annotated[
         int | None, typer.Option(min=1, help="Use only this many rows from the start.")
     ] = None,
-    most_requests: Annotated[int | None, Limit] = None,
-    most_tokens: Annotated[int | None, Limit] = None,
-    most_cost: Annotated[
+    max_requests: Annotated[int | None, Limit] = None,
+    max_tokens: Annotated[int | None, Limit] = None,
+    max_cost: Annotated[
         float | None, typer.Option(min=0, help="As above, in the currency of --prices.")
     ] = None,
     prices: Annotated[
@@ -80,7 +80,7 @@ def augment(
     The endpoint's key comes from OPENAI_API_KEY. Replies that are empty, cut off, refusals, or
     repeat a row of the source or another reply are written to a separate file with the reason.
     """
-    price_in, price_out = _parse_prices(prices, most_cost)
+    price_in, price_out = _parse_prices(prices, max_cost)
     try:
         from dtrain.augmentation.augment import (
             GENERATED_FILE,
@@ -96,9 +96,7 @@ def augment(
         raise UserError("needs openai", fix="pip install 'dtrain[augment]'") from error
     from dtrain.data.records import open_source
 
-    limits = SpendingLimits(
-        most_requests, most_tokens, most_cost, (price_in, price_out), per_minute
-    )
+    limits = SpendingLimits(max_requests, max_tokens, max_cost, (price_in, price_out), per_minute)
     client = Endpoint(endpoint, model, reply_tokens, temperature)
     source = open_source(_source(path, columns or []))
     task = AugmentationTask(source, how.value, copies, at_once, rows)
@@ -126,7 +124,7 @@ def _source(path: str, options: list[str]) -> Source:
 def _parse_prices(prices: str | None, cost: float | None) -> tuple[float, float]:
     if cost is not None and prices is None:
         fix = "add --prices IN,OUT, the prices of a million tokens"
-        raise UserError("--most-cost needs --prices", fix=fix)
+        raise UserError("--max-cost needs --prices", fix=fix)
     try:
         price_in, price_out = (float(price) for price in (prices or "0,0").split(","))
         valid = 0 <= price_in < float("inf") and 0 <= price_out < float("inf")

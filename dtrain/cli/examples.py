@@ -73,7 +73,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "data clean": ("dtrain data clean my.yaml --stage task --out cleaned",),
     "data augment": (
         "dtrain data augment rows.jsonl --how rewrite --model qwen --out more "
-        "--endpoint http://localhost:8000/v1 --most-requests 500",
+        "--endpoint http://localhost:8000/v1 --max-requests 500",
     ),
     "recipes": ("dtrain recipes",),
     "recipes copy": ("dtrain recipes copy 7b-lora my.yaml",),
