@@ -21,8 +21,8 @@ from dtrain.core.log import is_first_rank, say
 from dtrain.core.os_errors import explained_os_errors
 from dtrain.core.run_dir import RunDir, remove_partial_files
 from dtrain.distributed.hang_watchdog import (
-    LEAST_LIMIT_SECONDS,
-    LEAST_LIMIT_SECONDS_GPU_OR_NODES,
+    MIN_LIMIT_SECONDS,
+    MIN_LIMIT_SECONDS_GPU_OR_NODES,
     HangWatchdog,
     follow_compilations,
 )
@@ -90,10 +90,10 @@ def this_rank() -> str:
     return "" if is_alone else f"rank {os.environ.get('RANK', '0')}: "
 
 
-def least_limit_seconds(world: World) -> float:
+def min_limit_seconds(world: World) -> float:
     """The shortest time limit of a step for the hang watchdog."""
     is_slow = world.device.type == "cuda" or world.local_size < world.size
-    return LEAST_LIMIT_SECONDS_GPU_OR_NODES if is_slow else LEAST_LIMIT_SECONDS
+    return MIN_LIMIT_SECONDS_GPU_OR_NODES if is_slow else MIN_LIMIT_SECONDS
 
 
 def keep_libraries_quiet() -> None:
@@ -167,7 +167,7 @@ def train(recipe: Recipe, allowed: set[str], report: ExitReport) -> bool:
         world.size,
         report=lambda text: report.fail(Exit.HANG, text),
         failure=report.failure_elsewhere,
-        least_limit_seconds=least_limit_seconds(world),
+        min_limit_seconds=min_limit_seconds(world),
     )
     follow_compilations(watchdog)
     finished = None

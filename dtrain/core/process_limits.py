@@ -9,8 +9,8 @@ from contextlib import suppress
 from dtrain.core.errors import UserError
 from dtrain.core.units import size
 
-LEAST_OPEN_FILES = 64  # a rank of a small run has 40 open at once
-LEAST_ADDRESSES = 2 << 30  # bytes; torch reserves 1.8 GiB before the first weight
+MIN_OPEN_FILES = 64  # a rank of a small run has 40 open at once
+MIN_ADDRESSES = 2 << 30  # bytes; torch reserves 1.8 GiB before the first weight
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 
@@ -24,13 +24,13 @@ def check_process_limits() -> None:
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files != resource.RLIM_INFINITY and files < LEAST_OPEN_FILES:
+    if files != resource.RLIM_INFINITY and files < MIN_OPEN_FILES:
         raise _too_many_files(files)
     addresses = address_limit()
-    if addresses is not None and addresses < LEAST_ADDRESSES:
+    if addresses is not None and addresses < MIN_ADDRESSES:
         message = (
             f"a process may reserve {size(addresses)} of memory at most; torch alone needs "
-            f"{size(LEAST_ADDRESSES)}"
+            f"{size(MIN_ADDRESSES)}"
         )
         raise UserError(message, where="ulimit -v", fix="ulimit -v unlimited")
 

@@ -37,10 +37,10 @@ from dtrain.core.ownership import check_own_folder
 from dtrain.core.processes import exit_at_once
 
 BEAT_SECONDS = 1.0
-LEAST_LIMIT_SECONDS = 10.0
+MIN_LIMIT_SECONDS = 10.0
 # On a GPU a step that allocates, connects or loads a new kernel takes seconds. Heartbeats of other
 # nodes arrive late: a network file system may show a file as it was up to 60 seconds ago.
-LEAST_LIMIT_SECONDS_GPU_OR_NODES = 60.0
+MIN_LIMIT_SECONDS_GPU_OR_NODES = 60.0
 NEIGHBOR_CHECK_SECONDS = 5.0
 SILENT_SECONDS = 90.0  # without a heartbeat, for a process that may be alive: 60 and a long call
 STALL_SECONDS = 3.0  # to write a heartbeat: the file system stalls, for the other ranks too
@@ -68,7 +68,7 @@ class HangWatchdog:
         ranks: number of ranks.
         report: called with the reason before this process ends because of a hang.
         failure: returns rank and exit status of the first rank that failed; None if none has.
-        least_limit_seconds: a step counts as hanging after twice this time at the earliest.
+        min_limit_seconds: a step counts as hanging after twice this time at the earliest.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class HangWatchdog:
         ranks: int,
         report: Callable[[str], object],
         failure: Callable[[], tuple[int, int] | None] = lambda: None,
-        least_limit_seconds: float | None = None,
+        min_limit_seconds: float | None = None,
     ) -> None:
         self.folder, self.rank, self.ranks, self.report = folder, rank, ranks, report
         self._failure = failure
-        self._least_limit = least_limit_seconds or LEAST_LIMIT_SECONDS
+        self._min_limit = min_limit_seconds or MIN_LIMIT_SECONDS
         self._position_count, self._position, self._patient = 0, "start", True
         self._compiling = self._finished = False
         self._known: dict[int, dict[str, Any]] = {}  # the last heartbeat seen of each rank
@@ -157,7 +157,7 @@ class HangWatchdog:
         """How long the marks may not advance; None while there are too few steps to know."""
         if len(self._step_seconds) < STEPS_FOR_LIMIT:
             return None
-        return max(self._least_limit, 5 * statistics.median(self._step_seconds))
+        return max(self._min_limit, 5 * statistics.median(self._step_seconds))
 
     def _run(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
@@ -174,7 +174,7 @@ class HangWatchdog:
     def _culprits(self) -> list[dict[str, Any]]:
         """Ranks that block this one; empty while it advances."""
         stuck, limit = time.monotonic() - self._reached_at, self.limit_seconds()
-        if stuck < LEAST_LIMIT_SECONDS / 2:
+        if stuck < MIN_LIMIT_SECONDS / 2:
             self._seen.clear()
             return []
         if culprits := self._check_neighbor():
@@ -198,9 +198,9 @@ class HangWatchdog:
             return False
         silent = self._silent_seconds(beat)
         if beat["gone"]:  # it failed, and may still write its status
-            return silent > 2 * LEAST_LIMIT_SECONDS
+            return silent > 2 * MIN_LIMIT_SECONDS
         if is_on_this_host(beat) and process_state(beat) in DEAD_OR_STOPPED:
-            return silent > LEAST_LIMIT_SECONDS / 4  # a debugger may stop it for a moment
+            return silent > MIN_LIMIT_SECONDS / 4  # a debugger may stop it for a moment
         return silent > SILENT_SECONDS
 
     def _silent_seconds(self, beat: dict[str, Any]) -> float:

@@ -42,7 +42,7 @@ ID_KEYS = (
 TIME_KEYS = ("timestamp", "createdat", "created", "senttime", "sentat", "time", "date", "ts")
 SAMPLE_ROWS = 200
 MAX_DEPTH = 4  # of blocks in a message
-LEAST_KNOWN = 0.5  # share of messages whose role is known, for a key to be taken for the role
+MIN_KNOWN = 0.5  # share of messages whose role is known, for a key to be taken for the role
 
 Path = tuple[str, ...]
 
@@ -150,7 +150,7 @@ def _role_path(messages: list[Any], roles: Mapping[str, str]) -> Path | None:
     }
     best = max(shares, key=lambda path: shares[path], default=None)
     first = next(iter(shares), None)
-    return best if best is not None and shares[best] >= LEAST_KNOWN else first
+    return best if best is not None and shares[best] >= MIN_KNOWN else first
 
 
 def _text_path(messages: list[Any]) -> Path | None:

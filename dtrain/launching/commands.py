@@ -22,7 +22,7 @@ from dtrain.launching.container import python_command, srun_options
 WORKER = "dtrain.train"
 LAUNCHER = "DTRAIN_LAUNCHER"  # variable: process id of the launcher, which no rank outlives
 COMMAND = "DTRAIN_COMMAND"  # variable: the command that was typed or submitted, for the record
-MOST_COMPILE_THREADS = 4  # Inductor itself starts one a core, up to 32, for each rank
+MAX_COMPILE_THREADS = 4  # Inductor itself starts one a core, up to 32, for each rank
 # Torch's variable, by its current and former names.
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _CHECKOUT = Path(__file__).parent.parent.parent
@@ -76,7 +76,7 @@ def worker_environment(environ: Mapping[str, str], processes: int, has_gpu: bool
     cores_of_a_rank = max(1, cores() // processes)
     defaults = {
         "OMP_NUM_THREADS": str(cores_of_a_rank),
-        "TORCHINDUCTOR_COMPILE_THREADS": str(min(MOST_COMPILE_THREADS, cores_of_a_rank)),
+        "TORCHINDUCTOR_COMPILE_THREADS": str(min(MAX_COMPILE_THREADS, cores_of_a_rank)),
         # On a shared file system, so that a requeued job starts warm.
         "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
         "TRITON_CACHE_DIR": str(compiled / "triton"),

@@ -12,12 +12,12 @@ from dtrain.core.units import size
 
 Report = dict[str, Any]
 
-LEAST_FREE_BYTES = 1e9
-MOST_CLOCK_SECONDS = 2.0  # a run's files are compared by their times
-MOST_MILLISECONDS = 10.0
-LEAST_MEGABYTES_PER_SECOND = 50.0
-LEAST_SHARE_OF_MEDIAN = 0.25
-MOST_GPU_MEMORY_USED = 0.05
+MIN_FREE_BYTES = 1e9
+MAX_CLOCK_SECONDS = 2.0  # a run's files are compared by their times
+MAX_MILLISECONDS = 10.0
+MIN_MEGABYTES_PER_SECOND = 50.0
+MIN_SHARE_OF_MEDIAN = 0.25
+MAX_GPU_MEMORY_USED = 0.05
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _gpus(report: Report, expected: int) -> Iterator[Fault]:
             continue
         name = f"GPU {gpu.get('index')}"
         used, total = _number(gpu.get("memory.used")), _number(gpu.get("memory.total"))
-        if total and used > MOST_GPU_MEMORY_USED * total:
+        if total and used > MAX_GPU_MEMORY_USED * total:
             yield Fault(node, f"{name}: {used:.0f} of {total:.0f} MiB are used by another process")
         if errors := _number(gpu.get("ecc.errors.uncorrected.volatile.total")):
             yield Fault(node, f"{name}: {errors:.0f} uncorrected memory errors")
@@ -92,7 +92,7 @@ def _number(text: str | None) -> float:
 
 def _free(report: Report) -> Iterator[Fault]:
     for folder, free in report["free"].items():
-        if free < LEAST_FREE_BYTES:
+        if free < MIN_FREE_BYTES:
             yield Fault(report["node"], f"{folder}: only {size(free)} free")
 
 
@@ -113,7 +113,7 @@ def _links(reports: Sequence[Report]) -> list[Fault]:
     links = [(r["node"], to, link) for r in reports for to, link in r["links"].items()]
     speeds = [link["megabytes_per_second"] for _, _, link in links if "problem" not in link]
     usual = median(speeds) if speeds else 0.0
-    least = max(LEAST_MEGABYTES_PER_SECOND, LEAST_SHARE_OF_MEDIAN * usual)
+    least = max(MIN_MEGABYTES_PER_SECOND, MIN_SHARE_OF_MEDIAN * usual)
     bad = [(a, b, problem) for a, b, link in links if (problem := _bad_link(link, least))]
     # A node at an end of every bad link is at fault.
     ends = Counter(end for a, b, _ in bad for end in {a, b})
@@ -125,10 +125,10 @@ def _links(reports: Sequence[Report]) -> list[Fault]:
 def _bad_link(link: dict[str, Any], least: float) -> str:
     if "problem" in link:
         return f"cannot be reached: {link['problem']}"
-    if abs(link["clock_seconds"]) > MOST_CLOCK_SECONDS:
+    if abs(link["clock_seconds"]) > MAX_CLOCK_SECONDS:
         return f"the clocks differ by {abs(link['clock_seconds']):.1f} s"
     if link["megabytes_per_second"] < least:
         return f"slow: {link['megabytes_per_second']:.0f} MB/s"
-    if link["milliseconds"] > MOST_MILLISECONDS:
+    if link["milliseconds"] > MAX_MILLISECONDS:
         return f"slow: {link['milliseconds']:.0f} ms there and back"
     return ""

@@ -323,7 +323,7 @@ def _shares_heads(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     On a GPU only flash attention can, and it takes no mask.
     """
     size, is_half = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
-    takes = mask is None and is_half and size == value.shape[-1] <= varlen.LARGEST_HEAD
+    takes = mask is None and is_half and size == value.shape[-1] <= varlen.MAX_HEAD_SIZE
     return takes or not query.is_cuda
 
 

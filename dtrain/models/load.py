@@ -248,17 +248,17 @@ def resolve_attention(
                 where="model.attention",
                 fix="auto, which chooses one that this machine supports",
             )
-        if name == "flash_attention_2" and largest_head > varlen.LARGEST_HEAD:
+        if name == "flash_attention_2" and largest_head > varlen.MAX_HEAD_SIZE:
             raise UserError(
                 f"{config.model_type!r} has heads of {largest_head}, and flash_attention_2 takes "
-                f"at most {varlen.LARGEST_HEAD}",
+                f"at most {varlen.MAX_HEAD_SIZE}",
                 where="model.attention",
                 fix="auto",
             )
         return name
     on_flash = device.type == "cuda" and dtype == torch.bfloat16 and is_flash_attn_2_available()
     on_flash = on_flash and {"flash_attention_2", attention.NAME} <= usable.keys()
-    if on_flash and largest_head <= varlen.LARGEST_HEAD:
+    if on_flash and largest_head <= varlen.MAX_HEAD_SIZE:
         return "flash_attention_2"
     text = config.get_text_config(decoder=True)
     if getattr(text, "attn_logit_softcapping", None) is not None:

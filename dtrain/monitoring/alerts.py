@@ -20,7 +20,7 @@ WINDOW = 20  # steps whose median is "now"
 SPIKE_DEVIATIONS = 8.0  # from the median of the steps before, in median absolute deviations
 MIN_SPIKE = 0.5  # nats; smaller jumps are noise whatever their deviation
 DIVERGENCE = 1.1  # of the lowest median loss, where the loss is also above its start
-LEAST_FALL = 0.01  # of the first loss, over a whole stage
+MIN_FALL = 0.01  # of the first loss, over a whole stage
 MIN_EVALUATIONS = 3  # with fewer there is no trend
 OVERFIT = 0.02  # of the lowest held-out loss
 ZERO_LOSS = 1e-3
@@ -128,7 +128,7 @@ def _no_progress(records: Records) -> Iterator[Alert]:
     if len(points) < 4 * WINDOW:
         return
     first, last = _median(points[:WINDOW]), _median(points[-WINDOW:])
-    if abs(first - last) < LEAST_FALL * first:
+    if abs(first - last) < MIN_FALL * first:
         evidence = f"the loss was {first:.3f} and is {last:.3f} after {len(points)} steps"
         advice = "raise the learning rate or the rank, or train on more modules"
         yield Alert("plateau", points[-1][0], evidence, advice)

@@ -159,7 +159,7 @@ _KERNEL_RESOURCES = re.compile(r"\bout of resources?\b", re.IGNORECASE)
 _WORKSPACE_ERROR = re.compile(
     r"CUBLAS_STATUS_NOT_INITIALIZED|CUDNN_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR)"
 )
-LEAST_FREE_BYTES = 512 << 20
+MIN_FREE_BYTES = 512 << 20
 GENERAL_ADVICE = (
     "train.micro_batch_size=1, model.gradient_checkpointing=true, "
     "a shorter data.sequence_length, method.kind=qlora, or engine={kind: fsdp2, shard: node}"
@@ -209,7 +209,7 @@ def _gpu_is_full() -> bool:
     if not torch.cuda.is_available():
         return False
     with suppress(RuntimeError):
-        return torch.cuda.mem_get_info()[0] < LEAST_FREE_BYTES
+        return torch.cuda.mem_get_info()[0] < MIN_FREE_BYTES
     return False
 
 

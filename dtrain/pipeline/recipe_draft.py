@@ -35,7 +35,7 @@ TITLES = {
 }
 LARGE_MODEL = 30e9  # parameters from which the learning rate is halved
 SEQUENCE_LENGTH, CPU_SEQUENCE_LENGTH = 2048, 512
-LEAST_STEPS, LARGEST_BATCH = 30, 32
+MIN_STEPS, MAX_BATCH_SIZE = 30, 32
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,9 @@ def _epochs(kind: str, data: DataSurvey) -> Choice:
 def _batch(sequences: float, ranks: int) -> Choice:
     """The largest of the usual batches that leaves enough steps and divides among the ranks."""
     sizes = [ranks]
-    while sizes[-1] * 2 <= max(LARGEST_BATCH, ranks):
+    while sizes[-1] * 2 <= max(MAX_BATCH_SIZE, ranks):
         sizes.append(sizes[-1] * 2)
-    enough = [size for size in sizes if sequences / size >= LEAST_STEPS]
+    enough = [size for size in sizes if sequences / size >= MIN_STEPS]
     if enough:
         return Choice(max(enough), "over all ranks; 16 to 32 is usual")
     return Choice(ranks, "over all ranks; small, because the data make few steps")

@@ -18,7 +18,7 @@ from dtrain.core.errors import UserError
 from dtrain.planning.model_process import has_torch, run_child
 from dtrain.planning.workload import Workload
 
-LEAST_LAYERS = 3  # a first and a last layer, and another between them
+MIN_LAYERS = 3  # a first and a last layer, and another between them
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MAX_MICRO_BATCHES = 2  # a third has the same peak as the second
 MAX_RANKS = 1024
@@ -75,7 +75,7 @@ def simulated_layers(workload: Workload) -> tuple[int, ...]:
     """
     depth, trained = workload.shape.layers, workload.trained_layers
     lead, period = repetition(workload.shape.each_layer)
-    least = max(LEAST_LAYERS, lead + 2) if period == 1 else lead + period + 2
+    least = max(MIN_LAYERS, lead + 2) if period == 1 else lead + period + 2
     least += trained - 1 if 0 < trained < depth else 0
     least += (depth - least) % period
     layers = (least, least + period, least + 2 * period)

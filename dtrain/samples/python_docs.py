@@ -32,7 +32,7 @@ SMALL_DOCUMENT_CHARACTERS = 1_500
 SMALL_ROWS = 36
 SMALL_PAIRS = 48
 FAR_ROWS = 50  # other modules' questions, for one that its module asks alone
-MOST_ALIKE = 0.75  # share of common words of a right and a wrong answer
+MAX_LIKENESS = 0.75  # share of common words of a right and a wrong answer
 
 
 def make(folder: Path) -> None:
@@ -140,7 +140,7 @@ def wrong_answer(row: Question, others: Iterable[Question]) -> str:
             answer = f"`{row.entry.full_name}{other.entry.arguments}`"
         words = _words(answer)
         likeness = len(right & words) / max(1, len(right | words))
-        if answer != row.answer and likest < likeness <= MOST_ALIKE:
+        if answer != row.answer and likest < likeness <= MAX_LIKENESS:
             best, likest = answer, likeness
     return best
 

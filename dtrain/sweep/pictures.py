@@ -19,7 +19,7 @@ from dtrain.sweep.record import Trial
 
 BEST, WORST, PRUNED = LINE, "#d9c9a3", "#b9c0cc"
 COLORS = LinearSegmentedColormap.from_list("losses", [BEST, "#7fa08f", WORST])
-MOST_TICKS = 9
+MAX_TICKS = 9
 
 
 def plot_parameters(
@@ -80,7 +80,7 @@ class _Scale:
     def ticks(self) -> list[tuple[float, str]]:
         values = self._values
         if isinstance(values, Choices):
-            step = -(-len(values.values) // MOST_TICKS)
+            step = -(-len(values.values) // MAX_TICKS)
             return [(self.height(value), str(value)) for value in values.values[::step]]
         if values.scale == "log":
             middle = (values.low * values.high) ** 0.5

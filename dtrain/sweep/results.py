@@ -14,7 +14,7 @@ from dtrain.monitoring.uncertainty import compare_means
 from dtrain.sweep.recipes import TrialRecipes
 from dtrain.sweep.record import SweepDir, SweepRecord, Trial
 
-LONGEST_REASON = 60
+MAX_REASON_LENGTH = 60
 
 
 def ranked(record: SweepRecord) -> list[Trial]:
@@ -64,7 +64,7 @@ def remark(trial: Trial) -> str:
         return f"pruned at step {step}" + (f", loss {loss:.4f}" if loss is not None else "")
     if trial.state == "failed":
         reason = trial.reason
-        return reason if len(reason) <= LONGEST_REASON else f"{reason[: LONGEST_REASON - 1]}…"
+        return reason if len(reason) <= MAX_REASON_LENGTH else f"{reason[: MAX_REASON_LENGTH - 1]}…"
     return "" if trial.state == "complete" else "not finished"
 
 

@@ -14,7 +14,7 @@ from dtrain.launching.submit import COMMENT, CORES_A_GPU, CORES_WITHOUT_GPU, MEM
 from dtrain.submitit_jobs import submit
 from dtrain.sweep.record import SeedRun, SweepDir
 
-LARGEST_ARRAY = 1000  # Slurm's MaxArraySize is 1001 unless set
+MAX_ARRAY_SIZE = 1000  # Slurm's MaxArraySize is 1001 unless set
 MEMORY_WITHOUT_GPU = 32  # GB
 
 
@@ -36,7 +36,7 @@ class SlurmRuns:
         self, folder: SweepDir, settings: SlurmJobs, at_once: int, *, is_bounded: bool
     ) -> None:
         self._folder, self._settings, self._at_once = folder, settings, at_once
-        self.capacity = at_once if is_bounded else LARGEST_ARRAY
+        self.capacity = at_once if is_bounded else MAX_ARRAY_SIZE
         self._queued: dict[str, str] | None = {}  # None: Slurm has not answered
         self._submitted: set[str] = set()  # since the queue was last asked
 

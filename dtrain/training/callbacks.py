@@ -34,7 +34,7 @@ from dtrain.training.progress import StageProgress
 
 # A loss above this many times its start, plus the margin (nats), has diverged.
 DIVERGED_RATIO, DIVERGED_MARGIN = 1.5, 0.5
-SHORTEST_WINDOW = 3  # steps whose median loss counts, in a short stage
+MIN_WINDOW = 3  # steps whose median loss counts, in a short stage
 ALERT_STEPS = 500  # the newest that are looked at: each look is then a matter of milliseconds
 
 
@@ -242,7 +242,7 @@ class DivergenceStop(Callback):
         self._warned = False
 
     def pre_train(self, stage: StageProgress, total_steps: int) -> None:
-        self._recent = deque(maxlen=min(WINDOW, max(SHORTEST_WINDOW, total_steps // 4)))
+        self._recent = deque(maxlen=min(WINDOW, max(MIN_WINDOW, total_steps // 4)))
 
     def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         if metrics.get("loss") is not None and isfinite(metrics["loss"]):

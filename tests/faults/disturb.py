@@ -45,7 +45,7 @@ from dtrain.core.errors import Exit
 
 INTERVAL = 5  # steps between saves
 # A save runs during the steps, which take milliseconds here, and ends before the next one starts.
-MOST_LOST = 2 * INTERVAL - 1
+MAX_LOST = 2 * INTERVAL - 1
 SPREAD_SECONDS = 0.3  # until the fault, from the step that was drawn
 OVERRIDES = ["evaluation.generation={}", "device=cpu"] + [
     f"stages.{stage}.{setting}"
@@ -243,7 +243,7 @@ class Campaign:
         self.fault.undo()
         lost = 0 if status == Exit.FINISHED else position(folder) - saved(folder)
         ends: ClassVar = FINISHED | (self.fault.ends if is_disturbed else {})
-        if status not in ends or lost > MOST_LOST or not agrees(folder, status, ends[status]):
+        if status not in ends or lost > MAX_LOST or not agrees(folder, status, ends[status]):
             self.bad.append(f"{folder}, step {step}: status {status}, {lost} steps lost")
         if is_disturbed:
             self.lost[lost] += 1

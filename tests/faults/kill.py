@@ -27,7 +27,7 @@ from starts import OVERRIDES, STAGES, STEPS, ForkedStart, Start, final_hash, ste
 from dtrain.checkpoints import newest_complete
 
 TYPICAL_STEP_SECONDS = 0.1
-MOST_FOR_A_RESTART = 1.2
+MAX_RESTART_RATIO = 1.2
 INTERVAL = 1  # steps between saves: the most that a kill may cost
 
 
@@ -165,7 +165,7 @@ def restart_time(folder: Path, overrides: list[str], pairs: int) -> int:
         print(f"cold start {cold[-1]:.2f} s, kill to next step {warm[-1]:.2f} s", flush=True)
     ratio = median(warm[1:]) / median(cold[1:])
     print(f"medians of {pairs}: {median(cold[1:]):.2f} s, {median(warm[1:]):.2f} s: {ratio:.2f}")
-    return 0 if ratio <= MOST_FOR_A_RESTART else 1
+    return 0 if ratio <= MAX_RESTART_RATIO else 1
 
 
 def new_step(start: Start, before: set[int]) -> bool:

@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from dtrain.core.log import warn
 
 # GPUs (compute capability) and head sizes that FlashAttention-2 supports, in torch and flash-attn.
-CAPABILITY, LARGEST_HEAD = (8, 0), 256
+CAPABILITY, MAX_HEAD_SIZE = (8, 0), 256
 BACKWARD_ARGUMENTS = (
     "grad_out query key value out lse cu_seq_q cu_seq_k max_q max_k is_causal rng_state scale "
     "window_size"
@@ -49,7 +49,7 @@ def supports_varlen(query: Tensor, value: Tensor, *, has_sinks: bool = False) ->
         and query.dtype in (torch.bfloat16, torch.float16)
         and size >= value.shape[-1]
         and size % 8 == 0
-        and size <= LARGEST_HEAD
+        and size <= MAX_HEAD_SIZE
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(query.device) >= CAPABILITY

@@ -22,7 +22,7 @@ RANK = """
 import sys, time
 from pathlib import Path
 from dtrain.distributed import hang_watchdog as watch
-watch.BEAT_SECONDS, watch.LEAST_LIMIT_SECONDS, watch.NEIGHBOR_CHECK_SECONDS = 0.02, 0.4, 0.1
+watch.BEAT_SECONDS, watch.MIN_LIMIT_SECONDS, watch.NEIGHBOR_CHECK_SECONDS = 0.02, 0.4, 0.1
 folder, rank, life = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 watchdog = watch.HangWatchdog(folder, rank, 2, print)
 watchdog.start()
@@ -107,11 +107,9 @@ class Clock:
         self._ahead += seconds
 
 
-def in_steps(folder: Path, least_limit_seconds: float | None = None) -> hang_watchdog.HangWatchdog:
+def in_steps(folder: Path, min_limit_seconds: float | None = None) -> hang_watchdog.HangWatchdog:
     """The first of two ranks, which has made five steps; the test does what its thread would."""
-    watchdog = hang_watchdog.HangWatchdog(
-        folder, 0, 2, print, least_limit_seconds=least_limit_seconds
-    )
+    watchdog = hang_watchdog.HangWatchdog(folder, 0, 2, print, min_limit_seconds=min_limit_seconds)
     for number in range(5):
         watchdog.record_position(f"step {number + 1}")
         watchdog.step()
@@ -143,7 +141,7 @@ def test_remote_rank_is_not_reported_as_stopped_for_a_minute(tmp_path, monkeypat
     assert named == [1]
 
 
-@pytest.mark.parametrize("least", [hang_watchdog.LEAST_LIMIT_SECONDS, 60.0])
+@pytest.mark.parametrize("least", [hang_watchdog.MIN_LIMIT_SECONDS, 60.0])
 def test_step_may_take_twice_the_minimum_limit(tmp_path, monkeypatch, least: float) -> None:
     clock = Clock(monkeypatch)
     watchdog = in_steps(tmp_path, least)
