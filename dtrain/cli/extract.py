@@ -28,9 +28,7 @@ class Origin(StrEnum):
 
 
 def extract(
-    place: Annotated[
-        str, typer.Argument(metavar="PLACE", parser=address, help="A file or folder.")
-    ],
+    path: Annotated[str, typer.Argument(metavar="PATH", parser=address, help="A file or folder.")],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", parser=path, help="New folder for the rows.")
     ],
@@ -85,20 +83,20 @@ def extract(
         raise UserError("exists already", where=str(out), fix="choose another folder, or remove it")
     is_chats = origin is Origin.chats
     policy = CONVERSATION_POLICY if is_chats else DOCUMENTATION_POLICY
-    rows = _chats(place, role or [], keep or [], min_turns) if is_chats else _files(place, origin)
+    rows = _chats(path, role or [], keep or [], min_turns) if is_chats else _files(path, origin)
     _print(write_extraction(out, rows, policy, held_out), out)
 
 
-def _files(place: str, origin: Origin) -> Callable[[Counter[str]], Iterator[ExtractedRow]]:
+def _files(path: str, origin: Origin) -> Callable[[Counter[str]], Iterator[ExtractedRow]]:
     from dtrain.extraction.code import extract_code
     from dtrain.extraction.documentation import extract_documentation
 
     make = extract_code if origin is Origin.code else extract_documentation
-    return lambda left_out: make(user_path(place), left_out)
+    return lambda left_out: make(user_path(path), left_out)
 
 
 def _chats(
-    place: str, roles: list[str], keep: list[str], min_turns: int
+    path: str, roles: list[str], keep: list[str], min_turns: int
 ) -> Callable[[Counter[str]], Iterator[ExtractedRow]]:
     from dtrain.core.cache_paths import cache_folder
     from dtrain.pipeline.extract import CONVERSATION_ROLES, extract_chats
@@ -111,7 +109,7 @@ def _chats(
             raise UserError("is not a role", where=f"--role {option}", fix=fix)
         given[name] = known
     cache = cache_folder() / "stores"
-    return lambda left_out: extract_chats(place, given, keep, min_turns, cache, left_out)
+    return lambda left_out: extract_chats(path, given, keep, min_turns, cache, left_out)
 
 
 def _print(result: Extraction, out: Path) -> None:

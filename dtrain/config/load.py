@@ -95,13 +95,13 @@ def check_no_secrets(document: YamlDocument, overrides: Sequence[str] = ()) -> N
     Raises:
         UserErrors: each, with its key, and without the address.
     """
-    texts = [(text, _place(document, key)) for key, text in iter_texts(document.values)]
+    texts = [(text, _location(document, key)) for key, text in iter_texts(document.values)]
     texts += [(text, f"override {without_secret(text.partition('=')[0])}") for text in overrides]
     if faults := [secret_error(where) for text, where in texts if has_secret(text)]:
         raise UserErrors(faults)
 
 
-def _place(document: YamlDocument, key: Key) -> str:
+def _location(document: YamlDocument, key: Key) -> str:
     return f"{document.where(key)}: {dotted(key)}" if key else document.name
 
 

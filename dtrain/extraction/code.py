@@ -23,23 +23,23 @@ SUFFIXES = (".py",)
 TEST_FOLDERS = {"test", "tests", "testing"}
 
 
-def extract_code(place: Path, left_out: Counter[str]) -> Iterator[ExtractedRow]:
+def extract_code(root: Path, left_out: Counter[str]) -> Iterator[ExtractedRow]:
     """Rows of all Python files, which are parsed and never run; `left_out` counts the rest.
 
     Raises:
         UserError: there are no such files.
     """
     files, entries = dict[str, str](), list[Entry]()
-    paths = find_files(place, SUFFIXES, left_out)
-    with progress(f"reading {place}", len(paths)) as meter:
+    paths = find_files(root, SUFFIXES, left_out)
+    with progress(f"reading {root}", len(paths)) as meter:
         for path in paths:
             meter.advance()
-            module = module_name(path, place)
-            if is_test(path, place):
+            module = module_name(path, root)
+            if is_test(path, root):
                 left_out["files of tests"] += 1
             elif module in files:
                 left_out["files of a module that another file defines too"] += 1
-            elif file := read_file(path, place, left_out):
+            elif file := read_file(path, root, left_out):
                 files[module] = file.name
                 entries += _entries(module, file, left_out)
     yield from _rows(files, sorted(entries, key=lambda entry: (entry.module, entry.name)))
@@ -70,21 +70,21 @@ def _rows(files: dict[str, str], entries: list[Entry]) -> Iterator[ExtractedRow]
         yield ExtractedRow(file, TASK, {"messages": messages, "origin": origin})
 
 
-def module_name(path: Path, place: Path) -> str:
+def module_name(path: Path, root: Path) -> str:
     """The name under which a file is imported: its packages are the folders with __init__.py.
 
-    Without packages, the folders below `place`.
+    Without packages, the folders below `root`.
     """
     names, folder = [path.stem], path.resolve().parent
     while (folder / "__init__.py").is_file() and folder.parent != folder:
         names.insert(0, folder.name)
         folder = folder.parent
-    if len(names) == 1 and place.is_dir():
-        names = [*path.relative_to(place).parent.parts, path.stem]
+    if len(names) == 1 and root.is_dir():
+        names = [*path.relative_to(root).parent.parts, path.stem]
     return ".".join(names[:-1] if names[-1] == "__init__" and len(names) > 1 else names)
 
 
-def is_test(path: Path, place: Path) -> bool:
-    """Whether a file tests others, by its name or that of a folder below `place`."""
-    folders = path.relative_to(place).parent.parts if place.is_dir() else ()
+def is_test(path: Path, root: Path) -> bool:
+    """Whether a file tests others, by its name or that of a folder below `root`."""
+    folders = path.relative_to(root).parent.parts if root.is_dir() else ()
     return bool(TEST_FOLDERS & {*folders}) or path.name.startswith(("test_", "conftest."))

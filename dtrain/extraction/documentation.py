@@ -33,16 +33,16 @@ HAS_WORD = re.compile(r"[^\W\d_]{3}|[\u2e80-\uffff]{2}")
 WORD = re.compile(r"[^\W\d_]+|[\u2e80-\uffff]")
 
 
-def extract_documentation(place: Path, left_out: Counter[str]) -> Iterator[ExtractedRow]:
+def extract_documentation(root: Path, left_out: Counter[str]) -> Iterator[ExtractedRow]:
     """Rows of all Markdown and reStructuredText files; `left_out` counts the rest by reason.
 
     Raises:
         UserError: there are no such files.
     """
-    paths = find_files(place, SUFFIXES, left_out)
-    with progress(f"reading {place}", len(paths)) as meter:
+    paths = find_files(root, SUFFIXES, left_out)
+    with progress(f"reading {root}", len(paths)) as meter:
         for path in paths:
-            if file := read_file(path, place, left_out):
+            if file := read_file(path, root, left_out):
                 yield from _rows(file, left_out)
             meter.advance()
 

@@ -40,7 +40,7 @@ class TextFile:
     text: str
 
 
-def find_files(place: Path, suffixes: tuple[str, ...], left_out: Counter[str]) -> list[Path]:
+def find_files(root: Path, suffixes: tuple[str, ...], left_out: Counter[str]) -> list[Path]:
     """The files with these suffixes in a folder, or the file itself, sorted.
 
     Hidden files and folders are not looked at. Links that lead out of the folder are left out:
@@ -49,32 +49,32 @@ def find_files(place: Path, suffixes: tuple[str, ...], left_out: Counter[str]) -
     Raises:
         UserError: there is no such file or folder, or none has such a suffix.
     """
-    if not place.exists():
-        raise UserError("no such file or folder", where=str(place))
-    inside, found = place.resolve(), list[Path]()
-    for path in sorted(_walk(place)) if place.is_dir() else [place]:
+    if not root.exists():
+        raise UserError("no such file or folder", where=str(root))
+    inside, found = root.resolve(), list[Path]()
+    for path in sorted(_walk(root)) if root.is_dir() else [root]:
         if path.suffix.lower() not in suffixes:
             left_out[f"files of other types ({path.suffix.lower() or 'no suffix'})"] += 1
-        elif place.is_dir() and not path.resolve().is_relative_to(inside):
+        elif root.is_dir() and not path.resolve().is_relative_to(inside):
             left_out["links to files outside of the folder"] += 1
         elif not path.is_file():
             left_out["not regular files"] += 1
         else:
             found.append(path)
     if not found:
-        raise UserError(f"no {' or '.join(suffixes)} files here", where=str(place))
+        raise UserError(f"no {' or '.join(suffixes)} files here", where=str(root))
     return found
 
 
-def _walk(place: Path) -> Iterator[Path]:
-    for folder, names, files in os.walk(place):
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, names, files in os.walk(root):
         names[:] = [n for n in names if not n.startswith(".") and n not in SKIPPED_FOLDERS]
         yield from (Path(folder) / name for name in files if not name.startswith("."))
 
 
-def read_file(path: Path, place: Path, left_out: Counter[str]) -> TextFile | None:
+def read_file(path: Path, root: Path, left_out: Counter[str]) -> TextFile | None:
     """Read a file; None if it is too large, empty, or no text."""
-    name = path.relative_to(place).as_posix() if place.is_dir() else path.name
+    name = path.relative_to(root).as_posix() if root.is_dir() else path.name
     try:
         if path.stat().st_size > MAX_BYTES:
             left_out[f"files larger than {MAX_BYTES >> 20} MiB"] += 1

@@ -101,8 +101,8 @@ def _datasets(config: ForeignConfig, key: str, kind: str) -> list[dict[str, Any]
     if not names:
         raise UserError("names no dataset", where=str(config.path), fix=f"set {key}")
     info, folder = _info(config)
-    place = config.source if key == "dataset" else "evaluation.sets.heldout.sources[]."
-    groups = [_dataset(config, name, info, folder, kind, place) for name in names]
+    prefix = config.source if key == "dataset" else "evaluation.sets.heldout.sources[]."
+    groups = [_dataset(config, name, info, folder, kind, prefix) for name in names]
     weights = config.numbers("interleave_probs") if key == "dataset" else []
     for group, weight in zip(groups, weights, strict=False):
         for source in group:
@@ -130,20 +130,20 @@ def _info(config: ForeignConfig) -> tuple[dict[str, Any], Path]:
             if not isinstance(content, dict):
                 raise UserError("is not a JSON object", where=str(folder / INFO))
             return content, folder
-    places = ", ".join(dict.fromkeys(map(str, folders)))
+    searched = ", ".join(dict.fromkeys(map(str, folders)))
     fix = f"copy it, with its data, next to {config.path.name}"
-    raise UserError(f"{INFO} is in none of {places}", where=config.where("dataset"), fix=fix)
+    raise UserError(f"{INFO} is in none of {searched}", where=config.where("dataset"), fix=fix)
 
 
 def _dataset(
-    config: ForeignConfig, name: str, info: dict[str, Any], folder: Path, kind: str, place: str
+    config: ForeignConfig, name: str, info: dict[str, Any], folder: Path, kind: str, prefix: str
 ) -> list[dict[str, Any]]:
     entry = info.get(name)
     if not isinstance(entry, dict):
         known = ", ".join(list(info)[:10])
         raise UserError(f"{name} is not described", where=str(folder / INFO), fix=f"known: {known}")
     data = config.group(f"{INFO}: {name}", entry)
-    data.source = place
+    data.source = prefix
     urls = ("hf_hub_url", "ms_hub_url", "script_url", "cloud_file_name")
     if data.name(*urls):
         path = str(data.get(*urls))

@@ -40,11 +40,11 @@ class Prefix:
 
     Attributes:
         states: keys and values [L, 2, K, v, D].
-        places: where the virtual tokens are in the sequence, int64 [d·v].
+        positions: where the virtual tokens are in the sequence, int64 [d·v].
     """
 
     states: Tensor
-    places: Tensor
+    positions: Tensor
 
     def put_into(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Replace the keys and values [1, K, T, D] of the virtual tokens.
@@ -56,9 +56,9 @@ class Prefix:
             sizes = f"{list(key.shape[1::2])}, not {list(self.states.shape[2::2])}"
             message = f"layer {layer} of this model has keys of {sizes} as its config says"
             raise UserError(message, where="method.kind", fix="method.kind=prompt")
-        documents = len(self.places) // self.states.shape[3]
+        documents = len(self.positions) // self.states.shape[3]
         keys, values = self.states[layer].to(key.dtype).repeat(1, 1, documents, 1).unsqueeze(1)
-        return key.index_copy(2, self.places, keys), value.index_copy(2, self.places, values)
+        return key.index_copy(2, self.positions, keys), value.index_copy(2, self.positions, values)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How entries of a model are made of the tensors in its files, and these of the entries.
 
 transformers' rules say how to make entries. What they move where is asked of them with numbers in
-the place of values, so that nothing here knows an operation by its name; the same answer leads from
+place of values, so that nothing here knows an operation by its name; the same answer leads from
 the entries back to the files. A rule that does more than to move values is found by its answer.
 """
 

@@ -119,9 +119,9 @@ class PromptedModel(nn.Module, BaseTunerLayer):
             return None
         layers, heads, size = self._prefix_shape
         starts = accumulate(lengths[:-1], initial=0)
-        places = torch.cat([torch.arange(start, start + len(prompt)) for start in starts])
+        positions = torch.cat([torch.arange(start, start + len(prompt)) for start in starts])
         states = prompt.view(len(prompt), layers, 2, heads, size).permute(1, 2, 3, 0, 4)
-        return Prefix(states, send(places, prompt.device))
+        return Prefix(states, send(positions, prompt.device))
 
     def _embed(
         self, input_ids: Tensor, prompt: Tensor, lengths: Sequence[int], *, is_prefix: bool
@@ -144,5 +144,5 @@ def _flash_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, 
 def _real_tokens(lengths: Sequence[int], virtual: int, device: torch.device) -> Tensor:
     """Where the tokens of each document are behind its virtual ones: int64 [T]."""
     starts = accumulate((length + virtual for length in lengths[:-1]), initial=virtual)
-    places = [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
-    return send(torch.cat(places), device)
+    positions = [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+    return send(torch.cat(positions), device)

@@ -85,13 +85,13 @@ def local_log(folder: Path) -> Path:
     output = starts[-1].output if starts else ""
     if output and Path(output).is_file():
         return Path(output)
-    place = f"to the terminal {output}" if output.startswith("/dev/") else "into a pipe"
+    destination = f"to the terminal {output}" if output.startswith("/dev/") else "into a pipe"
     if output and not output.startswith("/dev/"):
-        place = f"to {output}, which is gone"
+        destination = f"to {output}, which is gone"
     if not starts:
-        place = "nothing yet that is kept"
+        destination = "nothing yet that is kept"
     raise UserError(
-        f"there is no log: the run printed {place}",
+        f"there is no log: the run printed {destination}",
         where=str(folder),
         fix="dtrain status and dtrain watch read its files; this keeps its output: "
         "dtrain run … 2>&1 | tee run.log",

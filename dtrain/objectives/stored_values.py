@@ -165,7 +165,7 @@ class StoredValues:
         numbers = [np.full(len(part), number) for number, part in enumerate(ids)]
         self._ids, first = np.unique(np.concatenate([NOTHING, *ids]), return_index=True)
         table = [np.concatenate([NOTHING, *parts])[first] for parts in (numbers, starts, rows)]
-        self._places = np.stack(table, axis=1)  # file, first row and number of rows, [S, 3]
+        self._ranges = np.stack(table, axis=1)  # file, first row and number of rows, [S, 3]
 
     def _read_sequence(self, number: int) -> dict[str, Tensor]:
         if number == NO_SEQUENCE:
@@ -174,7 +174,7 @@ class StoredValues:
             return {name: value.new_zeros(rows, *value.shape[1:]) for name, value in like.items()}
         index = int(np.searchsorted(self._ids, number))
         assert index < len(self._ids) and self._ids[index] == number, "not computed"
-        file, start, rows = self._places[index].tolist()
+        file, start, rows = self._ranges[index].tolist()
         return {name: self._slice(file, name, start, start + rows) for name in self._names}
 
     @property

@@ -74,7 +74,7 @@ def accept(recipe: Recipe, run: RunDir, world: World) -> None:
     All ranks call it, after `check_start`.
     """
     device = device_name(world.device)
-    ranks = [json.loads(data) for data in world.gather_bytes(_place(device))]
+    ranks = [json.loads(data) for data in world.gather_bytes(_host_and_device(device))]
     if world.is_first:
         run.accept(dump(recipe))
         record_start(
@@ -88,7 +88,7 @@ def accept(recipe: Recipe, run: RunDir, world: World) -> None:
     world.barrier()
 
 
-def _place(device: str) -> bytes:
+def _host_and_device(device: str) -> bytes:
     return json.dumps([platform.node(), device]).encode()
 
 

@@ -182,7 +182,7 @@ def _append_left_out(target: Path, quarantine: Path, name: str) -> None:
 
 
 def extract_chats(
-    place: str,
+    path: str,
     roles: Mapping[str, str],
     keep: list[str],
     min_turns: int,
@@ -192,7 +192,7 @@ def extract_chats(
     """Rows of exported conversations (JSON, JSON lines, CSV, …).
 
     Args:
-        place: a file, folder, glob or address.
+        path: a file, folder, glob or address.
         roles: of the export → user, assistant, system or skip, in addition to the known ones.
         keep: rules for good conversations and answers.
         min_turns: least number of answers in a conversation.
@@ -207,9 +207,9 @@ def extract_chats(
     given = {normalized(name): role for name, role in roles.items()}
     rules = [parse_rule(text) for text in keep]
     extractor = ChatExtractor(known | SUPPORT_ROLES | given, rules, min_turns, left_out)
-    if not is_remote(place) and not glob.has_magic(place) and not user_path(place).exists():
-        raise UserError("no such file or folder", where=place)  # nor a data set of the hub
-    for file in find_source_files(Source(path=place), cache):
+    if not is_remote(path) and not glob.has_magic(path) and not user_path(path).exists():
+        raise UserError("no such file or folder", where=path)  # nor a data set of the hub
+    for file in find_source_files(Source(path=path), cache):
         if file.is_prose:
             left_out[f"files of other types ({file.kind})"] += 1
             continue
@@ -217,7 +217,7 @@ def extract_chats(
         if fields is not None:
             say(f"{file.name}: {fields}")
         yield from rows
-    _check_known(extractor, place)
+    _check_known(extractor, path)
     for (written, role), count in extractor.seen_roles.most_common():
         say(f"role {written} → {role}: {count:,} messages")
 
@@ -231,11 +231,11 @@ def _raw_rows(file: SourceFile) -> Iterator[tuple[str, Any]]:
         yield file.name, error
 
 
-def _check_known(extractor: ChatExtractor, place: str) -> None:
+def _check_known(extractor: ChatExtractor, path: str) -> None:
     if unknown := extractor.unknown_roles:
         names = ", ".join(f"{name[:40]} ({n:,})" for name, n in unknown.most_common(8))
         fix = f"--role '{unknown.most_common(1)[0][0][:40]}=user', or assistant, system or skip"
-        raise UserError(f"unknown roles: {names}", where=place, fix=fix)
+        raise UserError(f"unknown roles: {names}", where=path, fix=fix)
     for rule in extractor.rules:
         if rule.text not in extractor.rules_seen:
             message = f"no conversation and no message has the key {'.'.join(rule.path)}"

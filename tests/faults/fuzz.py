@@ -164,13 +164,13 @@ class Worker:
         self.folder, self.seed, self.first = folder, arguments.seed, arguments.worker
         self.count, self.seconds = arguments.count, 60 * arguments.minutes
         self.cases = [case for case in CASES if arguments.only in " ".join(case.command)]
-        self.place = folder / "place"
+        self.sandbox = folder / "sandbox"
 
     def run(self) -> int:
         """Run the cases from the first on."""
-        os.environ.update(environment(self.place))
+        os.environ.update(environment(self.sandbox))
         self._refresh()
-        os.chdir(self.place)
+        os.chdir(self.sandbox)
         from dtrain.cli.root import app  # the first of many imports
 
         self.app: Any = app
@@ -185,8 +185,8 @@ class Worker:
         return 0
 
     def _refresh(self) -> None:
-        shutil.rmtree(self.place, ignore_errors=True)
-        shutil.copytree(self.folder / "inputs", self.place, symlinks=True)
+        shutil.rmtree(self.sandbox, ignore_errors=True)
+        shutil.copytree(self.folder / "inputs", self.sandbox, symlinks=True)
 
     def _warm_up(self) -> None:
         """Import what the commands import, before time and memory are counted."""
@@ -202,7 +202,7 @@ class Worker:
     def _try(self, number: int) -> None:
         rng = random.Random(f"{self.seed}/{number}")
         case = rng.choice(self.cases)
-        path = self.place / rng.choice(case.files)
+        path = self.sandbox / rng.choice(case.files)
         original = path.read_bytes()
         changed = mutate(path, rng)
         path.write_bytes(changed)
@@ -217,7 +217,7 @@ class Worker:
             self._keep(number, case, path, changed, error)
 
     def _keep(self, number: int, case: Case, path: Path, changed: bytes, error: str) -> None:
-        where = path.relative_to(self.place)
+        where = path.relative_to(self.sandbox)
         kept = self.folder / "failed" / f"{self.seed}-{number}-{where.name}"
         kept.parent.mkdir(exist_ok=True)
         kept.write_bytes(changed)
@@ -249,23 +249,23 @@ class Worker:
     def _clean(self) -> None:
         """Remove what a command wrote."""
         for name in ("out", ".out.making"):
-            shutil.rmtree(self.place / name, ignore_errors=True)
-        out = self.place / "out.jsonl"
+            shutil.rmtree(self.sandbox / name, ignore_errors=True)
+        out = self.sandbox / "out.jsonl"
         out.write_bytes((self.folder / "inputs" / "out.jsonl").read_bytes())
 
 
 def signature(error: str) -> str:
     """Where in dtrain an error was raised, and its first words."""
-    places = re.findall(r'/(dtrain/[^"]*)", line (\d+), in (\w+)', error)
-    place = ":".join(places[-1]) if places else ""
-    return f"{place} {error.strip().split(chr(10))[-1][:120]}"
+    calls = re.findall(r'/(dtrain/[^"]*)", line (\d+), in (\w+)', error)
+    location = ":".join(calls[-1]) if calls else ""
+    return f"{location} {error.strip().split(chr(10))[-1][:120]}"
 
 
-def environment(place: Path) -> dict[str, str]:
+def environment(sandbox: Path) -> dict[str, str]:
     """What a worker sees: its own cache, and a Slurm with an empty queue."""
     return {
-        "DTRAIN_CACHE": str(place / "cache"),
-        "PATH": f"{place / 'bin'}:{os.environ['PATH']}",
+        "DTRAIN_CACHE": str(sandbox / "cache"),
+        "PATH": f"{sandbox / 'bin'}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -282,7 +282,7 @@ def fields_of(package: str, file: str, *classes: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "place",
+    "config_class",
     [
         ("transformers", "training_args.py", "TrainingArguments"),
         ("trl", "trainer/sft_config.py", "SFTConfig"),
@@ -290,10 +290,10 @@ def fields_of(package: str, file: str, *classes: str) -> set[str]:
         ("trl", "trainer/model_config.py", "ModelConfig"),
         ("trl", "scripts/utils.py", "ScriptArguments"),
     ],
-    ids=lambda place: place[2],
+    ids=lambda config_class: config_class[2],
 )
-def test_every_key_of_trl_has_an_answer(place) -> None:
-    fields = fields_of(*place)
+def test_every_key_of_trl_has_an_answer(config_class) -> None:
+    fields = fields_of(*config_class)
     assert len(fields) > 4 and not unanswered(fields)
 
 

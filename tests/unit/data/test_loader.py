@@ -53,7 +53,7 @@ class Simulated:
 def computed_sequences(
     loader: Loader, step: int, ranks: int, micro_batch: int
 ) -> list[tuple[int, int]]:
-    """(place in the stream, row number) of every sequence that all ranks compute in a step."""
+    """(position, sequence number) of every sequence that all ranks compute in a step."""
     out = []
     for rank in range(ranks):
         for batch in loader.micro_batches(step, rank, ranks, micro_batch):
