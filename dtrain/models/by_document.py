@@ -3,9 +3,9 @@
 Gated delta nets, Mamba, lightning attention and short convolutions carry a state from token to
 token. transformers restarts it only where their kernels for GPUs take the boundaries, so a document
 of a packed sequence would be computed with what is left of the one before. Here such a layer is
-called for each document by itself; on a GPU for the whole sequence, if it was asked and separates
-documents by their boundaries. `probe_packing` checks the result. T is the number of tokens of a
-sequence.
+called for each document by itself; on a GPU for the whole sequence, if a probe showed that it
+separates documents by their boundaries. `probe_packing` checks the result. T is the number of
+tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KEEPS_STATE = "set_linear_cache"  # method of transformers' caches, called by su
 LENGTHS = "document_lengths"  # attribute: those of a layer's last training pass
 # What `loss` passes to flash attention: documents of the whole sequence.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-ASKED = (5, 300, 61)  # tokens of the documents that a layer is asked with: kernels' chunks are 256
+PROBE_LENGTHS = (5, 300, 61)  # tokens of the documents of a probe: kernels' chunks are 256
 
 
 def separate_states(model: nn.Module) -> None:
@@ -46,7 +46,7 @@ def separate_states(model: nn.Module) -> None:
     In training mode mamba-ssm's kernels multiply with the weights of linear layers without calling
     them: an adapter would have no effect, and a weight in NF4 would be taken for numbers.
     """
-    separates: dict[type, bool] = {}  # what the first layer of a class answered
+    separates: dict[type, bool] = {}  # what the probe of a class found
     for module in list(model.modules()):
         if has_state(module):
             module.forward = partial(_each_document, module, module.forward, separates)
@@ -117,7 +117,7 @@ def _each_document(
     with without_hooks(module), using_packages(on=_is_on_gpu(hidden_states)):
         if len(lengths) > 1 and _is_on_gpu(hidden_states):
             if type(module) not in separates:
-                separates[type(module)] = _ask(module, forward, hidden_states, rest, more)
+                separates[type(module)] = _probe(module, forward, hidden_states, rest, more)
             if separates[type(module)]:
                 more |= _boundaries(tuple(lengths), hidden_states.device)
                 return forward(hidden_states, *rest, **more)
@@ -154,7 +154,7 @@ def _boundaries(lengths: tuple[int, ...], device: torch.device) -> dict[str, Ten
     return {"cu_seq_lens_q": send(ends, device), "seq_idx": send(index, device)}
 
 
-def _ask(
+def _probe(
     module: nn.Module,
     forward: Callable[..., Any],
     like: Tensor,
@@ -167,20 +167,20 @@ def _ask(
     sequences, key.lengths = key.lengths, []  # no dropout
     try:
         if any(isinstance(value, (Tensor, tuple)) for value in (*rest, *more.values())):
-            answer, reason = False, "it takes more than hidden states"
+            separates, reason = False, "it takes more than hidden states"
         else:
             # without hooks: activation checkpointing would count, and recompute, what is saved
             with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
-                answer = _separates(module, partial(_call, forward, rest, more), like)
+                separates = _separates(module, partial(_call, forward, rest, more), like)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a package's code may raise anything
-        answer, reason = False, first_line(error)
+        separates, reason = False, first_line(error)
     finally:
         key.lengths, key.part = sequences, None
-    way = "whole" if answer else f"document by document: {reason}"
+    way = "whole" if separates else f"document by document: {reason}"
     say(f"{type(module).__name__} computes packed sequences {way}")
-    return answer
+    return separates
 
 
 def _call(
@@ -199,8 +199,8 @@ def _separates(module: nn.Module, forward: Callable[..., Any], like: Tensor) -> 
     Rounding hides what little a state may leave behind. So the last document must also be the same
     to the bit after other documents, and must pass back no gradient to them at all.
     """
-    tokens, last = sum(ASKED), sum(ASKED[:-1])
-    bounds = _boundaries(ASKED, like.device)
+    tokens, last = sum(PROBE_LENGTHS), sum(PROBE_LENGTHS[:-1])
+    bounds = _boundaries(PROBE_LENGTHS, like.device)
     random = torch.Generator().manual_seed(1)
     row, others, weight = (
         torch.randn(1, tokens, like.shape[-1], generator=random).to(like) for _ in range(3)
@@ -214,7 +214,7 @@ def _separates(module: nn.Module, forward: Callable[..., Any], like: Tensor) -> 
         return False
     learned = [row, *(p for p in module.parameters() if p.requires_grad)]
     expected = torch.autograd.grad(whole, learned, weight, allow_unused=True)  # and frees its graph
-    alone = _hidden(_one_by_one(module, forward, ASKED, row))
+    alone = _hidden(_one_by_one(module, forward, PROBE_LENGTHS, row))
     gradients = torch.autograd.grad(alone, learned, weight, allow_unused=True)
     return all(map(_agree, (whole, *expected), (alone, *gradients)))
 

@@ -1,8 +1,8 @@
 """How entries of a model are made of the tensors in its files, and these of the entries.
 
-transformers' rules say how to make entries. What they move where is asked of them with numbers in
-place of values, so that nothing here knows an operation by its name; the same answer leads from
-the entries back to the files. A rule that does more than to move values is found by its answer.
+transformers' rules say how to make entries. What they move where is probed with numbers in place of
+values, so that nothing here knows an operation by its name; the same result leads from the entries
+back to the files. A rule that does more than to move values is found by its result.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from transformers.core_model_loading import WeightConverter
 
 from dtrain.core.errors import UserError, first_line
 
-COLUMNS = 8  # of a tensor whose rows are asked for
-EXPERTS = 3  # asked for: a prime number, so that nothing divides them
+COLUMNS = 8  # of a probe that moves rows
+EXPERTS = 3  # of a probe: a prime number, so that nothing divides them
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +70,14 @@ class Conversion:
             for name in names:
                 rule.add_tensor(first, name, pattern, partial(read, name))  # type: ignore[arg-type]
         try:
-            asked: Any = SimpleNamespace(get_parameter=(empty or self.empty).__getitem__)
-            made: dict[str, Any] = rule.convert(first, model=asked, config=self.config)
+            model: Any = SimpleNamespace(get_parameter=(empty or self.empty).__getitem__)
+            entries: dict[str, Any] = rule.convert(first, model=model, config=self.config)
         except Exception as error:  # torch's, on tensors of other shapes
             raise UserError(
                 f"the files' tensors do not make {first}: {first_line(error)}",
                 fix="weights and config.json must belong to the same model; download them again",
             ) from error
-        return {name: v[0] if isinstance(v, list) else v for name, v in made.items()}
+        return {name: v[0] if isinstance(v, list) else v for name, v in entries.items()}
 
 
 @dataclass(frozen=True)
@@ -98,19 +98,19 @@ class ExpertPart:
 def expert_parts(conversion: Conversion) -> dict[str, list[ExpertPart]]:
     """The parts of parameters [E, rows, columns] that a conversion makes of matrices, by entry.
 
-    The conversion itself is asked, with small matrices of numbers that say where they come from.
+    The conversion itself is probed, with small matrices of numbers that say where they come from.
 
     Returns:
         Nothing if it does something else than to stack experts and to join their rows.
     """
     names = conversion.names
-    marks = {n: torch.arange(4).view(2, 2) + 4 * i for i, n in enumerate(names)}
+    numbered = {n: torch.arange(4).view(2, 2) + 4 * i for i, n in enumerate(names)}
     try:
-        made = conversion.convert(marks.__getitem__)
+        entries = conversion.convert(numbered.__getitem__)
     except UserError:
         return {}
     parts: dict[str, list[ExpertPart]] = {}
-    for entry, values in made.items():
+    for entry, values in entries.items():
         if values.dim() != 3 or values.shape[2] != 2 or values.shape[1] % 2:
             return {}
         pairs = values.flatten(1).view(len(values), -1, 4)  # [E, matrices, 4]
@@ -174,7 +174,7 @@ class Moves:
 
 
 def find_moves(conversion: Conversion, shapes: Mapping[str, Sequence[int]]) -> Moves:
-    """Ask a conversion what it moves where: by expert or whole, by rows or by elements.
+    """Probe what a conversion moves where: by expert or whole, by rows or by elements.
 
     Args:
         shapes: of the files' tensors, by name.
@@ -186,7 +186,7 @@ def find_moves(conversion: Conversion, shapes: Mapping[str, Sequence[int]]) -> M
     for by_expert in (True, False):
         for by_row in (True, False):
             try:
-                moves = _ask(conversion, stored, by_expert, by_row)
+                moves = _probe(conversion, stored, by_expert, by_row)
             except (UserError, ValueError):
                 if by_expert or by_row:
                     continue
@@ -196,7 +196,7 @@ def find_moves(conversion: Conversion, shapes: Mapping[str, Sequence[int]]) -> M
     raise UserError(f"{conversion.operations} does more than to move values")
 
 
-def _ask(
+def _probe(
     conversion: Conversion, stored: Mapping[str, tuple[int, ...]], by_expert: bool, by_row: bool
 ) -> Moves | None:
     """The moves, if the conversion leaves experts, or rows, as they are."""
@@ -209,23 +209,23 @@ def _ask(
         return None
     unit = COLUMNS if by_row else 1
 
-    def asked(shape: tuple[int, ...]) -> tuple[int, ...]:
+    def probe_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
         shape = (EXPERTS, *shape[1:]) if by_expert else shape
         return (*shape[:-1], COLUMNS) if by_row else shape
 
-    numbers, at = dict[str, Tensor](), 0
+    numbered, at = dict[str, Tensor](), 0
     for name, shape in stored.items():
-        one = asked(shape)
-        size = prod(one[1:] if by_expert else one)
+        probed = probe_shape(shape)
+        size = prod(probed[1:] if by_expert else probed)
         values = torch.arange(at, at := at + size).expand(EXPERTS if by_expert else 1, size)
-        numbers[name] = values.clone().view(one)
+        numbered[name] = values.clone().view(probed)
     if by_expert:  # the numbers of one expert follow those of another
-        for values in numbers.values():
+        for values in numbered.values():
             values += at * torch.arange(EXPERTS).view(-1, *[1] * (values.dim() - 1))
-    empty = {name: torch.empty(asked(s), device="meta") for name, s in models.items()}
-    made = conversion.convert(numbers.__getitem__, empty)
+    empty = {name: torch.empty(probe_shape(s), device="meta") for name, s in models.items()}
+    entries = conversion.convert(numbered.__getitem__, empty)
     positions = dict[str, Tensor]()
-    for entry, values in made.items():
+    for entry, values in entries.items():
         if entry in empty and values.shape != empty[entry].shape:
             message = f"the files' tensors make {list(values.shape)} of {entry}"
             raise UserError(f"{message}, and config.json says {list(empty[entry].shape)}")

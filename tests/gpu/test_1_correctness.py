@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,15 +187,18 @@ HYBRIDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("asked", [True, False], ids=["as asked", "document by document"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole if possible", "document by document"])
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_layers_with_a_state_separate_documents(
-    device, dtype, kind, asked, figures, monkeypatch
+    device, dtype, kind, whole, figures, monkeypatch
 ) -> None:
-    answers, ask = [], by_document._ask
-    monkeypatch.setattr(
-        by_document, "_ask", lambda *given: answers.append(asked and ask(*given)) or answers[-1]
-    )
+    separates, probe = [], by_document._probe
+
+    def probe_if_whole(*inputs: Any) -> bool:
+        separates.append(whole and probe(*inputs))
+        return separates[-1]
+
+    monkeypatch.setattr(by_document, "_probe", probe_if_whole)
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **MIXTURE, **HYBRIDS[kind])
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
@@ -222,7 +226,7 @@ def test_layers_with_a_state_separate_documents(
         float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
         for a, b in zip(*results, strict=True)
     )
-    way = "whole" if any(answers) else "document by document"
+    way = "whole" if any(separates) else "document by document"
     figures[f"{kind}: packed documents, {way}, against each by itself"] = worst
     assert worst < (1e-1 if dtype == torch.bfloat16 else 1e-3)
 

@@ -53,8 +53,8 @@ class OutputProbe:
         with torch.set_grad_enabled(training):
             logits = self._run(rows, raw, logits_to_keep=kept)
         calls = self._head.inputs
-        asked = len(calls) == 1 and torch.equal(calls[0][0], rows[kept])
-        if not asked or not torch.equal(raw, before):
+        gets_kept_rows = len(calls) == 1 and torch.equal(calls[0][0], rows[kept])
+        if not gets_kept_rows or not torch.equal(raw, before):
             return False
         if logits is self._head.output:
             return True
