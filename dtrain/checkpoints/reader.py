@@ -19,7 +19,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_hash
 from dtrain.core.log import progress
 from dtrain.core.ownership import Untrusted, check_own_file, check_own_folder
-from dtrain.core.run_dir import CHECKPOINT_MANIFEST
+from dtrain.core.stage_dir import CHECKPOINT_MANIFEST
 from dtrain.distributed.tensor_utils import all_finite
 
 MAX_NAMES = 8  # of each group in a message

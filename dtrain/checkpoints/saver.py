@@ -45,7 +45,7 @@ from dtrain.checkpoints.shard_file import DTYPES, HostShard, tensor_key
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import fsync_folder
 from dtrain.core.ownership import open_in_place
-from dtrain.core.run_dir import CHECKPOINT_MANIFEST
+from dtrain.core.stage_dir import CHECKPOINT_MANIFEST
 
 TIMEOUT_SECONDS = 600.0
 NICE = 5  # training comes first, but must not wait for a save that never gets a core

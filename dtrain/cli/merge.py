@@ -69,7 +69,7 @@ def merge(
     torchrun, two terminals) share the work.
     """
     import_fast("dtrain.merge.merge")  # torch, which is most of what a small merge costs
-    from dtrain.core.run_dir import FolderKind, folder_kind
+    from dtrain.core.folder_kind import FolderKind, folder_kind
     from dtrain.merge.merge import default_processes
     from dtrain.merge.merge_inputs import CombineMethod
 

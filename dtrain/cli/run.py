@@ -16,7 +16,8 @@ from dtrain.core.files import write_atomic
 from dtrain.core.interrupts import INTERRUPTED_EARLY, end_on_interrupt, hold_interrupts
 from dtrain.core.output import wrapped
 from dtrain.core.process_limits import check_process_limits
-from dtrain.core.run_dir import CHECKPOINTS, LOCKED_BY_LAUNCHER, RunDir, create_numbered
+from dtrain.core.run_dir import LOCKED_BY_LAUNCHER, RunDir, create_numbered
+from dtrain.core.stage_dir import CHECKPOINTS
 from dtrain.core.units import size
 from dtrain.launching.commands import COMMAND, launcher_environment, torchrun_command
 

@@ -9,8 +9,6 @@ RUN/
 
 A start that finds stages here is only a request until everything that it asks for was checked: its
 recipe is requested.yaml, and if it ends before `RunDir.accept`, its exit report is refused.json.
-
-`folder_kind` distinguishes a run, a checkpoint, an adapter and a model.
 """
 
 from __future__ import annotations
@@ -22,16 +20,16 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import TypedDict
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json, read_object, remove_entry, write_atomic
+from dtrain.core.files import read_json, remove_entry, write_atomic
 from dtrain.core.locks import FolderLock, check_record_locks
 from dtrain.core.ownership import check_no_link, check_own_folder
+from dtrain.core.stage_dir import ADAPTER_CONFIG, CHECKPOINT_MANIFEST, STAGE_RECORD, StageDir
 
 RECIPE = "recipe.yaml"
 LINEAGE = "lineage.json"
@@ -66,16 +64,6 @@ RESERVED_NAMES = frozenset(
 # What is written under its name, or into a folder of that name.
 IN_PLACE = (STARTS, STOP, SLURM, HEARTBEATS, PREDICTIONS)
 
-STAGE_RECORD = "stage.json"
-METRICS = "metrics.jsonl"
-TRACKER_RUNS = "trackers.json"
-CHECKPOINTS = "checkpoints"
-ADAPTER = "adapter"
-MERGED = "merged"
-MERGE_MANIFEST = "merge.json"  # in a merged model's folder
-NOT_TRAINED = "started"  # progress of a stage before its first checkpoint
-CHECKPOINT_MANIFEST = "manifest.json"  # written last: a checkpoint without it is incomplete
-
 # Variable: the run folder whose lock the launcher holds as long as it lives.
 LOCKED_BY_LAUNCHER = "DTRAIN_LOCKED_RUN"
 LOCK_POLL_SECONDS = 1.0
@@ -93,86 +81,6 @@ class _ExitReport(TypedDict, total=False):
     status: int
     reason: str
     start: str
-
-
-class _MergeManifest(TypedDict, total=False):
-    format: Any
-    plan: str
-    source: str
-    result: str
-    files: dict[str, str]
-    adapters: list[dict[str, Any]]
-
-
-def read_merge_manifest(model: Path, *needed: str) -> dict[str, Any]:
-    """The record of how a merged model was made, from its folder.
-
-    Args:
-        needed: keys that it must have.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    content: dict[str, Any] = read_json(model / MERGE_MANIFEST, _MergeManifest)
-    if missing := [key for key in needed if key not in content]:
-        raise UserError(f"has no {missing[0]}", where=str(model / MERGE_MANIFEST))
-    return content
-
-
-@dataclass(frozen=True)
-class StageDir:
-    """Files of one stage of a run."""
-
-    path: Path
-
-    @property
-    def record(self) -> Path:
-        """What the stage was made from, and whether it is complete."""
-        return self.path / STAGE_RECORD
-
-    @property
-    def tracker_runs(self) -> Path:
-        """The id of the stage's run in each tracker."""
-        return self.path / TRACKER_RUNS
-
-    @property
-    def metrics(self) -> Path:
-        """Metrics, a line of JSON for each step."""
-        return self.path / METRICS
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / CHECKPOINTS
-
-    @property
-    def adapter(self) -> Path:
-        """Final adapter in PEFT layout."""
-        return self.path / ADAPTER
-
-    @property
-    def merged(self) -> Path:
-        """Merged model: a plain Hugging Face model."""
-        return self.path / MERGED
-
-    @property
-    def merge_manifest(self) -> Path:
-        """Hashes of the merged model's files; written when it is complete."""
-        return self.merged / MERGE_MANIFEST
-
-    @property
-    def merge_locks(self) -> Path:
-        """Locks of the ranks that merge together."""
-        return self.path / ".merging"
-
-    def progress(self) -> str:
-        """Name of the newest complete checkpoint, "started" before the first, or "complete"."""
-        with suppress(UserError):  # a damaged record: the checkpoints count
-            if read_object(self.record).get("complete"):
-                return "complete"
-        manifests = self.checkpoints.glob(f"step-*/{CHECKPOINT_MANIFEST}")
-        names = [path.parent.name for path in manifests]
-        return max(names, key=lambda name: (len(name), name), default=NOT_TRAINED)
 
 
 @dataclass(frozen=True)
@@ -466,31 +374,3 @@ def remove_partial_files(folder: Path) -> None:
     for path in folder.iterdir():
         if _PARTIAL.fullmatch(path.name):
             remove_entry(path)
-
-
-ADAPTER_CONFIG = "adapter_config.json"
-MODEL_CONFIG = "config.json"
-CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
-
-
-class FolderKind(Enum):
-    """The kinds of folders that verbs accept."""
-
-    RUN = "run"
-    CHECKPOINT = "checkpoint"
-    ADAPTER = "adapter"
-    MODEL = "model"
-
-
-def folder_kind(folder: Path) -> FolderKind | None:
-    """Return what a folder is, by the files in it; None if it is none of these.
-
-    A folder with both an adapter and a model is a model.
-    """
-    if RunDir(folder).recipe.is_file():
-        return FolderKind.RUN
-    if CHECKPOINT_NAME.fullmatch(folder.name) and (folder / CHECKPOINT_MANIFEST).is_file():
-        return FolderKind.CHECKPOINT
-    if (folder / MODEL_CONFIG).is_file():
-        return FolderKind.MODEL
-    return FolderKind.ADAPTER if (folder / ADAPTER_CONFIG).is_file() else None

@@ -24,7 +24,8 @@ from torch.nn.functional import pad
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.log import progress
-from dtrain.core.run_dir import MERGE_MANIFEST, RunDir, read_merge_manifest
+from dtrain.core.run_dir import RunDir
+from dtrain.core.stage_dir import MERGE_MANIFEST, read_merge_manifest
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter_tensors import PREFIX, AdapterFile
 from dtrain.merge.weight_delta import check_config, layer_from_config

@@ -18,7 +18,8 @@ from dtrain.config.load import load_recipe
 from dtrain.config.methods import parse_method
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_hash, fingerprint
-from dtrain.core.run_dir import ADAPTER, CHECKPOINT_MANIFEST, RunDir
+from dtrain.core.run_dir import RunDir
+from dtrain.core.stage_dir import ADAPTER, CHECKPOINT_MANIFEST
 from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.base_tensors import BaseTensors
 from dtrain.merge.merge import TrainedWeights

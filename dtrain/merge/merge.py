@@ -19,7 +19,7 @@ from dtrain.core.hardware import workers_that_fit
 from dtrain.core.hash_cache import file_state, lookup_hash, remember_hash
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress, say
-from dtrain.core.run_dir import MERGE_MANIFEST, read_merge_manifest
+from dtrain.core.stage_dir import MERGE_MANIFEST, read_merge_manifest
 from dtrain.core.units import size
 from dtrain.core.weight_files import INDEX, SINGLE, read_header, weight_files
 from dtrain.merge.base_tensors import (

@@ -14,7 +14,8 @@ from dtrain.core.files import read_sealed
 from dtrain.core.hash_cache import cached_hash
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress
-from dtrain.core.run_dir import MERGE_MANIFEST, RunDir, StageDir, read_merge_manifest
+from dtrain.core.run_dir import RunDir
+from dtrain.core.stage_dir import MERGE_MANIFEST, StageDir, read_merge_manifest
 from dtrain.core.weight_files import weight_files
 from dtrain.models.peft_format import COMBINED, read_adapter_origin
 

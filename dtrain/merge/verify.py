@@ -12,7 +12,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import read_object
 from dtrain.core.hashes import file_hash
 from dtrain.core.log import progress
-from dtrain.core.run_dir import MERGE_MANIFEST, read_merge_manifest
+from dtrain.core.stage_dir import MERGE_MANIFEST, read_merge_manifest
 from dtrain.core.weight_files import INDEX, read_header, read_weight_map, weight_files
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.merge import FORMAT

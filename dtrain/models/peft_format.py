@@ -17,7 +17,7 @@ from dtrain.config.methods.patterns import compile_pattern
 from dtrain.core.errors import UserError
 from dtrain.core.file_types import Count, Number, check_type
 from dtrain.core.files import read_json
-from dtrain.core.run_dir import ADAPTER, STAGE_RECORD
+from dtrain.core.stage_dir import ADAPTER, STAGE_RECORD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Files of an adapter or merged model: its chat template, and the tokens that end an answer.

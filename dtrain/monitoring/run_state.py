@@ -13,7 +13,8 @@ from typing import Any
 
 from dtrain.core.errors import UserError
 from dtrain.core.locks import FolderLock
-from dtrain.core.run_dir import EVALUATION, METRICS, STAGE_RECORD, STARTS, RunDir, read_exit_report
+from dtrain.core.run_dir import EVALUATION, STARTS, RunDir, read_exit_report
+from dtrain.core.stage_dir import METRICS, STAGE_RECORD
 from dtrain.launching.status import log_of
 from dtrain.monitoring.alerts import WINDOW, find_alerts
 from dtrain.monitoring.run_record import RunRecord, read_run

@@ -31,7 +31,8 @@ from dtrain.core.hardware import driver_versions
 from dtrain.core.hashes import fingerprint
 from dtrain.core.ownership import open_in_place
 from dtrain.core.processes import output_file
-from dtrain.core.run_dir import METRICS, RunDir
+from dtrain.core.run_dir import RunDir
+from dtrain.core.stage_dir import METRICS
 from dtrain.launching.commands import COMMAND
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")

@@ -17,7 +17,8 @@ from dtrain.config.checks import accumulation
 from dtrain.config.load import dump
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
-from dtrain.core.run_dir import NOT_TRAINED, RunDir
+from dtrain.core.run_dir import RunDir
+from dtrain.core.stage_dir import NOT_TRAINED
 from dtrain.distributed.tensor_utils import device_name
 from dtrain.distributed.world import World
 from dtrain.monitoring.starts import record_start

@@ -22,7 +22,7 @@ from dtrain.config.schema import Stage
 from dtrain.core.cache_paths import local_path, user_path
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import say, warn
-from dtrain.core.run_dir import read_merge_manifest
+from dtrain.core.stage_dir import read_merge_manifest
 from dtrain.core.weight_files import weight_files
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter import AdapterFile

@@ -10,7 +10,7 @@ from dtrain.checkpoints.reader import Checkpoint
 from dtrain.core.cache_paths import computed_folder
 from dtrain.core.errors import UserError
 from dtrain.core.log import progress, say
-from dtrain.core.run_dir import read_merge_manifest
+from dtrain.core.stage_dir import read_merge_manifest
 from dtrain.data.loader import Loader
 from dtrain.distributed.tensor_utils import free_memory
 from dtrain.engines.base import Engine

@@ -21,13 +21,8 @@ from dtrain.core.files import OldFormat, read_sealed, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import warn
 from dtrain.core.ownership import Untrusted, check_no_link, check_own_folder, share_with_group
-from dtrain.core.run_dir import (
-    NOT_TRAINED,
-    RunDir,
-    StageDir,
-    read_merge_manifest,
-    remove_partial_files,
-)
+from dtrain.core.run_dir import RunDir, remove_partial_files
+from dtrain.core.stage_dir import NOT_TRAINED, StageDir, read_merge_manifest
 from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.distributed.world import World
 from dtrain.merge.adapter import AdapterFile

@@ -10,7 +10,8 @@ from typing import Any
 
 from dtrain.core.errors import UserError
 from dtrain.core.output import fit
-from dtrain.core.run_dir import ADAPTER, RECIPE
+from dtrain.core.run_dir import RECIPE
+from dtrain.core.stage_dir import ADAPTER
 from dtrain.core.units import count, size
 from dtrain.core.weight_files import read_header
 from dtrain.models.peft_format import (

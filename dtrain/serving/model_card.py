@@ -28,7 +28,8 @@ from dtrain.core.cache_paths import hub_id, local_path
 from dtrain.core.coded_tensors import coded_formats, file_tensors
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text, write_atomic
-from dtrain.core.run_dir import RECIPE, STAGE_RECORD
+from dtrain.core.run_dir import RECIPE
+from dtrain.core.stage_dir import STAGE_RECORD
 from dtrain.core.units import count, duration
 from dtrain.models.peft_format import CONFIG, read_adapter_config
 from dtrain.monitoring.run_record import RunRecord, describe_used, format_loss, read_run

@@ -15,8 +15,9 @@ from huggingface_hub.utils import validate_repo_id
 from dtrain.config.schema import Stage
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import read_json, read_sealed, read_text
+from dtrain.core.folder_kind import FolderKind, folder_kind
 from dtrain.core.hashes import file_hash
-from dtrain.core.run_dir import ADAPTER, MERGE_MANIFEST, FolderKind, StageDir, folder_kind
+from dtrain.core.stage_dir import ADAPTER, MERGE_MANIFEST, StageDir
 from dtrain.models.peft_format import (
     CHAT_TEMPLATE,
     COMBINED,

@@ -15,15 +15,10 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path, sample_name, user_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
+from dtrain.core.folder_kind import FolderKind, folder_kind
 from dtrain.core.hashes import file_hash
-from dtrain.core.run_dir import (
-    ADAPTER,
-    MERGE_MANIFEST,
-    FolderKind,
-    RunDir,
-    folder_kind,
-    read_merge_manifest,
-)
+from dtrain.core.run_dir import RunDir
+from dtrain.core.stage_dir import ADAPTER, MERGE_MANIFEST, read_merge_manifest
 from dtrain.models.peft_format import (
     CHAT_TEMPLATE,
     CONFIG,

@@ -11,7 +11,8 @@ from typing import Any
 from dtrain.config.sweep import TRAINING
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
-from dtrain.core.run_dir import METRICS, RunDir
+from dtrain.core.run_dir import RunDir
+from dtrain.core.stage_dir import METRICS
 from dtrain.monitoring.file_types import EvaluationFile
 from dtrain.monitoring.metrics import read_metrics
 from dtrain.monitoring.starts import read_starts, timed_starts

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.files import read_json, write_json
-from dtrain.core.run_dir import StageDir
+from dtrain.core.stage_dir import StageDir
 from dtrain.training.background_tracker import BackgroundTracker, TrackerRun
 from dtrain.training.callbacks import Callback
 from dtrain.training.trackers.metrics_file import MetricsFile

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from dtrain.config.load import load_recipe
-from dtrain.core.run_dir import StageDir
+from dtrain.core.stage_dir import StageDir
 from dtrain.monitoring.alerts import Alert
 from dtrain.training.background_tracker import BackgroundTracker
 from dtrain.training.trackers import TrackerContext, build_trackers
