@@ -12,7 +12,7 @@ from dtrain.cli.arguments import address, path
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
-    from dtrain.config.schema import Source
+    from dtrain.config.data import Source
 
 Limit = typer.Option(min=1, help="Over all runs into this folder; default: no limit.")
 
@@ -108,7 +108,8 @@ def augment(
 def _source(path: str, options: list[str]) -> Source:
     from typing import get_args
 
-    from dtrain.config.schema import Column, Source
+    from dtrain.config.data import Source
+    from dtrain.config.objectives import Column
 
     columns: dict[Column, str] = {}
     for option in options:

@@ -205,7 +205,7 @@ def _sequences_of_stage(recipe: Recipe, stage: Stage, count: int, color: bool) -
 
 
 def _rows_of_path(path: str, count: int) -> Iterator[Text]:
-    from dtrain.config.schema import Source
+    from dtrain.config.data import Source
     from dtrain.data.records import open_source
     from dtrain.data.show import render_records
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dtrain.config import deepspeed_file
 from dtrain.config.clash import Clash
+from dtrain.config.data import Data
 from dtrain.config.distill_checks import check_distill
 from dtrain.config.engines import ENGINES, engines_with
 from dtrain.config.generation_checks import check_generation
@@ -15,7 +16,7 @@ from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.regularize_checks import check_regularize
 from dtrain.config.run_folder_checks import check_run_folder
-from dtrain.config.schema import Data, Recipe, Stage
+from dtrain.config.schema import Recipe, Stage
 from dtrain.config.tasks import Tasks, check_tasks
 from dtrain.config.trackers import check_trackers
 from dtrain.config.train_checks import check_train

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from dtrain.config.data import Data, Source
 from dtrain.config.objectives import CONTENT, OBJECTIVES, format_mismatch
-from dtrain.config.schema import Data, Recipe, Source
+from dtrain.config.schema import Recipe
 from dtrain.core.cache_paths import SAMPLE_PREFIX, sample_name
 from dtrain.core.check_report import CheckReport
 from dtrain.core.errors import EmptyDataError, UserError

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dtrain.config.data import Data, Source
 from dtrain.config.objectives import format_mismatch
-from dtrain.config.schema import Data, Source
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.hashes import fingerprint
 from dtrain.core.locks import FolderLock

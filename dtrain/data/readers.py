@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast, get_args
 
-from dtrain.config.schema import Column
+from dtrain.config.objectives import Column
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import decode_text, without_mark
 from dtrain.core.lazy_import import LazyModule

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.log import say

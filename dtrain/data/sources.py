@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.core.cache_paths import local_path, sample_folder, sample_name
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.hash_cache import FileIdentity

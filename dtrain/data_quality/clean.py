@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
-from dtrain.config.schema import Clean
+from dtrain.config.data import Clean
 from dtrain.core.errors import UserError
 from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.hashes import file_hash, fingerprint

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from dtrain.config.data import Source
 from dtrain.config.generation import METRICS, GenerationSet
-from dtrain.config.schema import Recipe, Source
+from dtrain.config.schema import Recipe
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.check_report import CheckReport
 from dtrain.core.errors import EmptyDataError, UserError

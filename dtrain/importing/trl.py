@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dtrain.config.data import Source
 from dtrain.config.objectives import CONTENT
-from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
 from dtrain.data.records import detect_source_format
 from dtrain.data.sources import files_here

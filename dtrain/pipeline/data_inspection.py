@@ -7,8 +7,9 @@ from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
+from dtrain.config.data import Source
 from dtrain.config.objectives import OBJECTIVES
-from dtrain.config.schema import Recipe, Source, Stage
+from dtrain.config.schema import Recipe, Stage
 from dtrain.data.packing import Packing
 from dtrain.data.prepare import PackedDataset, prepare
 from dtrain.data.records import Record, open_source

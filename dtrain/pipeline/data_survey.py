@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from dtrain.config.data import Source
 from dtrain.config.objectives import CONTENT, ContentKind
-from dtrain.config.schema import Source
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.data.readers import iter_rows

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtrain.config.schema import Clean, Source
+from dtrain.config.data import Clean, Source
 from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
 from dtrain.core.files import atomic_folder, read_json_lines, write_json

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from dtrain.config.schema import Data, Recipe
+from dtrain.config.data import Data
+from dtrain.config.schema import Recipe
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.lazy_import import LazyModule

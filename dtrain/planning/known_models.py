@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtrain.config.schema import Data, Recipe
+from dtrain.config.data import Data
+from dtrain.config.schema import Recipe
 from dtrain.core.cache_paths import SAMPLE_PREFIX, hub_id, hub_snapshot, local_path
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import undownloaded

@@ -7,8 +7,9 @@ from glob import glob
 from math import lcm
 from pathlib import Path
 
+from dtrain.config.data import Data, Source
 from dtrain.config.optimizers import OPTIMIZERS
-from dtrain.config.schema import Data, Recipe, Source, Stage
+from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path
 from dtrain.planning.parameters import FLOAT32
 from dtrain.planning.workload import Workload

@@ -22,8 +22,9 @@ from jinja2 import Environment, StrictUndefined, Template
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from dtrain.config.data import Source
 from dtrain.config.objectives import OBJECTIVES
-from dtrain.config.schema import Source, Stage
+from dtrain.config.schema import Stage
 from dtrain.core.cache_paths import hub_id, local_path
 from dtrain.core.coded_tensors import coded_formats, file_tensors
 from dtrain.core.errors import UserError

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.data.records import BadRecord, SourceRows
 from dtrain.data.sources import find_source_files
 from dtrain.data.text_checks import RowText

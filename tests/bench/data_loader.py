@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from dtrain.config.schema import Data
+from dtrain.config.data import Data
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import prepare
 from dtrain.models.tokenizer import load_tokenizer

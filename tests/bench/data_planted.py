@@ -18,7 +18,7 @@ import numpy as np
 from stdnum import luhn
 from stdnum.cn import ric
 
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.data.records import SourceRows
 from dtrain.data.sources import find_source_files
 from dtrain.data.text_checks import RowText

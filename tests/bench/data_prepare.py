@@ -17,7 +17,7 @@ from statistics import median
 from datasets import Dataset, disable_progress_bars
 from trl.data_utils import pack_dataset
 
-from dtrain.config.schema import Data
+from dtrain.config.data import Data
 from dtrain.data.conversations import Conversation
 from dtrain.data.prepare import prepare
 from dtrain.data.records import read_records

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.data.records import SourceRows
 from dtrain.data.sources import find_source_files
 from dtrain.data_quality.report import build_report

@@ -19,7 +19,7 @@ from dtrain.augmentation.augment import AugmentationTask, augment
 from dtrain.augmentation.endpoint import Endpoint
 from dtrain.augmentation.request_pool import SpendingLimits
 from dtrain.cli.root import app
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.core.errors import UserError
 from dtrain.data.records import open_source, read_records
 from dtrain.data.sources import find_source_files

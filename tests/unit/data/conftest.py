@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dtrain.config.schema import Data
+from dtrain.config.data import Data
 from dtrain.data.prepare import PackedDataset, prepare
 from dtrain.objectives.base import objective_class
 

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from dtrain.config.schema import Clean, Source
+from dtrain.config.data import Clean, Source
 from dtrain.core.errors import UserError
 from dtrain.data.records import open_source
 from dtrain.data_quality.clean import clean

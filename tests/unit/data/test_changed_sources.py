@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from dtrain.config.schema import Data
+from dtrain.config.data import Data
 from dtrain.core import hash_cache
 from dtrain.core.errors import UserError
 from dtrain.data import prepare as preparation

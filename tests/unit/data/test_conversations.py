@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.data.conversations import parse_messages, parse_tools
 from dtrain.data.formats import convert_row

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import Conversation
 from dtrain.data.records import read_records

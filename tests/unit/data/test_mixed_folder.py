@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.data.records import Record, open_source
 
 ROW = {"instruction": "question", "output": "answer"}

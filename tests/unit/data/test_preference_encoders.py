@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtrain.config.schema import Data
+from dtrain.config.data import Data
 from dtrain.core.errors import UserError
 from dtrain.data.chat_templates import ChatTemplate, resolve_template
 from dtrain.data.formats import convert_row

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from dtrain.config.schema import Data
+from dtrain.config.data import Data
 from dtrain.core import hash_cache
 from dtrain.core.errors import UserError
 from dtrain.data import prepare as module

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dtrain
-from dtrain.config.schema import Data
+from dtrain.config.data import Data
 from dtrain.data import shards
 from dtrain.data.prepare import prepare
 from dtrain.objectives.causal_lm import ContinuedPretraining

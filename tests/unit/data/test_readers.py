@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dtrain.config.data import Source
 from dtrain.config.load import load_recipe
-from dtrain.config.schema import Source
 from dtrain.core.errors import UserError
 from dtrain.data.chat_templates import template_text
 from dtrain.data.conversations import Conversation

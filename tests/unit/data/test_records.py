@@ -12,8 +12,8 @@ import datasets
 import pyarrow as pa
 import pytest
 
+from dtrain.config.data import Source
 from dtrain.config.load import load_recipe
-from dtrain.config.schema import Source
 from dtrain.core.errors import UserError, UserErrors
 from dtrain.data import readers
 from dtrain.data.conversations import Preference

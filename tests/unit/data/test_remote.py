@@ -7,7 +7,7 @@ import json
 import fsspec
 import pytest
 
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_hash
 from dtrain.core.locks import FolderLock

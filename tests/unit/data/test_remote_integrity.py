@@ -15,7 +15,7 @@ from threading import Thread
 import fsspec
 import pytest
 
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.core.errors import UserError
 from dtrain.data.records import read_records
 from dtrain.data.sources import find_source_files

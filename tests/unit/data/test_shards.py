@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.config.schema import Data
+from dtrain.config.data import Data
 from dtrain.core import hardware
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.locks import ShardLocks

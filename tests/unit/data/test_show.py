@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.data.records import iter_records
 from dtrain.data.show import render_records, sequences
 from dtrain.data.sources import find_source_files

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.config.schema import Clean, Source
+from dtrain.config.data import Clean, Source
 from dtrain.core.errors import UserError
 from dtrain.data.conversations import Conversation
 from dtrain.data.records import open_source, read_records

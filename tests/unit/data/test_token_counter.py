@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.data.records import open_source
 from dtrain.data_quality.scan import TokenCounter, scan
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dtrain.config.schema import Clean, Source
+from dtrain.config.data import Clean, Source
 from dtrain.core.errors import UserError
 from dtrain.data.formats import to_row
 from dtrain.data.records import SourceRows, read_records

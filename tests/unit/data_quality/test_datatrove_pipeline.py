@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 
-from dtrain.config.schema import Clean, Source
+from dtrain.config.data import Clean, Source
 from dtrain.core.errors import UserError
 from dtrain.data.records import open_source
 from dtrain.data_quality.clean import clean

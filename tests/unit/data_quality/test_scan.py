@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dtrain.config.schema import Source
+from dtrain.config.data import Source
 from dtrain.data.records import SourceRows
 from dtrain.data.sources import find_source_files
 from dtrain.data_quality.finding_types import FINDING_TYPES, FLAG_BITS

@@ -11,9 +11,10 @@ import pytest
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 
+from dtrain.config.data import Data
 from dtrain.config.load import load_recipe
 from dtrain.config.methods import AdaLora
-from dtrain.config.schema import Data, Recipe
+from dtrain.config.schema import Recipe
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import prepare
 from dtrain.distributed.world import World, end_world, start_world

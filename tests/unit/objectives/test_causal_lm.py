@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.trainer_pt_utils import LabelSmoother
 
+from dtrain.config.data import Data, Source
 from dtrain.config.methods import Lora
-from dtrain.config.schema import Data, EvaluationSet, Source, Stage
+from dtrain.config.schema import EvaluationSet, Stage
 from dtrain.config.train import Train
 from dtrain.models.kernels import fused_cross_entropy, native
 from dtrain.models.loss import token_losses

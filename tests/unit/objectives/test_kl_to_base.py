@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
+from dtrain.config.data import Data
 from dtrain.config.load import load_recipe
 from dtrain.config.methods import Lora
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.regularize import KlToBase
-from dtrain.config.schema import Data
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import prepare
 from dtrain.methods.base import build_method

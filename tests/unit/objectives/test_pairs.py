@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from dtrain.config.data import Data
 from dtrain.config.load import load_recipe
 from dtrain.config.methods import Lora
-from dtrain.config.schema import Data
 from dtrain.data.loader import BatchCounts, Loader, MicroBatch
 from dtrain.data.packing import Packing
 from dtrain.data.prepare import DatasetSpec, prepare

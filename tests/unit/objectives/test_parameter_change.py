@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.config.data import Data
 from dtrain.config.load import load_recipe
 from dtrain.config.methods import Full
 from dtrain.config.regularize import Ewc, L2Init
-from dtrain.config.schema import Data
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import prepare
 from dtrain.distributed.world import World, end_world, start_world

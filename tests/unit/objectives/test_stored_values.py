@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dtrain.config.data import Data
 from dtrain.config.load import load_recipe
 from dtrain.config.preference import PreferenceSettings
-from dtrain.config.schema import Data
 from dtrain.core.errors import UserError
 from dtrain.data.loader import Loader, MicroBatch
 from dtrain.data.prepare import prepare

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.config.data import Data
 from dtrain.config.load import load_recipe
 from dtrain.config.methods import Lora
 from dtrain.config.regularize import Ewc, L2Init
-from dtrain.config.schema import Data
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import prepare
 from dtrain.methods.base import build_method
