@@ -128,7 +128,7 @@ def open_text(path: Path) -> IO[str]:
             UnicodeDecodeError when read.
     """
     with open_file(path) as file:
-        without_mark(file.read(4), str(path))
+        strip_bom(file.read(4), str(path))
     return open(path, encoding="utf-8-sig")
 
 
@@ -153,14 +153,14 @@ def decode_text(data: bytes, name: str) -> str:
         UserError: it is not UTF-8, with `name` and the line.
     """
     try:
-        return without_mark(data, name).decode()
+        return strip_bom(data, name).decode()
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         message = f"is not UTF-8 text (byte 0x{error.object[error.start]:02x})"
         raise UserError(message, where=f"{name}:{line}", fix="save the file as UTF-8") from error
 
 
-def without_mark(head: bytes, name: str) -> bytes:
+def strip_bom(head: bytes, name: str) -> bytes:
     """The head of a UTF-8 file without its byte-order mark.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, cast, get_args
 
 from dtrain.config.objectives import Column
 from dtrain.core.errors import UserError, first_line
-from dtrain.core.files import decode_text, without_mark
+from dtrain.core.files import decode_text, strip_bom
 from dtrain.core.lazy_import import LazyModule
 from dtrain.data.conversations import TRAIN_FLAGS
 from dtrain.data.sources import PACKERS, PROSE, SourceFile
@@ -183,7 +183,7 @@ def _lines(source_file: SourceFile) -> Iterator[tuple[int, bytes | UserError]]:
         with _open_stream(source_file) as file:
             while line := file.readline(MAX_LINE_BYTES):
                 number += 1
-                if number == 1 and not (line := without_mark(line, source_file.name)):
+                if number == 1 and not (line := strip_bom(line, source_file.name)):
                     return
                 if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                     yield number, _too_long(_skip_line(file) + len(line), source_file, number)
@@ -261,7 +261,7 @@ def _json(source_file: SourceFile, columns: Collection[str]) -> Iterator[RawRow]
             yield from _jsonl(source_file)
             return
     document = (
-        parse_json(without_mark(_content(source_file), source_file.name), source_file, 1)
+        parse_json(strip_bom(_content(source_file), source_file.name), source_file, 1)
         if first
         else []
     )

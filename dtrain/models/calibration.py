@@ -34,7 +34,7 @@ def calibration_gaps(model: nn.Module, micro_batch: PackedTargets) -> tuple[Tens
     losses = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
     gaps = torch.zeros(BINS, dtype=torch.float64, device=targets.device)
 
-    def measure(logits: Tensor, chunk: slice, learns: bool) -> Tensor:
+    def measure(logits: Tensor, chunk: slice, needs_gradient: bool) -> Tensor:
         losses[chunk] = cross_entropy(logits, targets[chunk], reduction="none")
         confidence, likeliest = logits.softmax(1).max(1)
         bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1

@@ -153,7 +153,7 @@ def teacher_top_k(
     log_probs = torch.empty(count, k, device=device)
     tokens = torch.empty(count, k, dtype=torch.int32, device=device)
 
-    def keep(logits: Tensor, chunk: slice, learns: bool) -> Tensor:
+    def keep(logits: Tensor, chunk: slice, needs_gradient: bool) -> Tensor:
         found = log_softmax(logits[:, :vocabulary], 1).topk(k)
         log_probs[chunk], tokens[chunk] = found.values, found.indices.int()
         return logits
@@ -196,13 +196,13 @@ def distillation_losses(
     losses, divergences, cross_entropies = result
 
     @torch.no_grad()
-    def chunk_loss(logits: Tensor, chunk: slice, learns: bool) -> Tensor:
+    def chunk_loss(logits: Tensor, chunk: slice, needs_gradient: bool) -> Tensor:
         divergences[chunk], gradient = divergence(logits, chunk)
         log_probs, indices = log_softmax(logits, 1), targets[chunk].unsqueeze(1)
         cross_entropies[chunk] = -log_probs.gather(1, indices).squeeze(1)
         losses[chunk] = divergence_weight * divergences[chunk] + ce_weight * cross_entropies[chunk]
         gradient = divergence_weight * gradient
-        if learns and ce_weight:
+        if needs_gradient and ce_weight:
             gradient += ce_weight * log_probs.exp()
             gradient.scatter_add_(1, indices, gradient.new_full(indices.shape, -ce_weight))
         return gradient
@@ -269,6 +269,6 @@ class ObservedDivergence:
         self.total = _sum_of_logits(logits[self._is_observed], self._losses, self._chunk_loss)
 
     @torch.no_grad()
-    def _chunk_loss(self, logits: Tensor, chunk: slice, learns: bool) -> Tensor:
+    def _chunk_loss(self, logits: Tensor, chunk: slice, needs_gradient: bool) -> Tensor:
         self._losses[chunk], gradient = self._divergence(logits, chunk)
         return gradient

@@ -29,8 +29,8 @@ HeadFunction = Callable[[Tensor, Tensor, Tensor | None, LogitTransform | None], 
 """(hidden [K, h], weight [V, h], bias [V], transform) → what the model returns for its logits,
 with two dimensions."""
 ChunkLoss = Callable[[Tensor, slice, bool], Tensor]
-"""(logits [c, V] in float32, their tokens, learns) → the gradient of these tokens' loss; it may
-overwrite the logits. Without `learns` the result is not used."""
+"""(logits [c, V] in float32, their tokens, needs_gradient) → the gradient of these tokens' loss; it
+may overwrite the logits. Without `needs_gradient` the result is not used."""
 
 
 class FusedLossHead:
@@ -160,15 +160,17 @@ def in_autocast_dtype(hidden: Tensor) -> Tensor:
 def _cross_entropy_of(targets: Tensor, losses: Tensor, smoothing: float = 0.0) -> ChunkLoss:
     """The cross-entropy of targets [K], written to losses [K]."""
 
-    def chunk_loss(logits: Tensor, chunk: slice, learns: bool) -> Tensor:
+    def chunk_loss(logits: Tensor, chunk: slice, needs_gradient: bool) -> Tensor:
         if not smoothing:
-            cross_entropy_inplace(logits, losses[chunk], targets[chunk], learns=learns)
+            cross_entropy_inplace(
+                logits, losses[chunk], targets[chunk], needs_gradient=needs_gradient
+            )
             return logits
         indices = targets[chunk].unsqueeze(1)
         margins = logits.gather(1, indices).squeeze(1) - logits.mean(1)
-        cross_entropy_inplace(logits, losses[chunk], targets[chunk], learns=learns)
+        cross_entropy_inplace(logits, losses[chunk], targets[chunk], needs_gradient=needs_gradient)
         losses[chunk] += smoothing * margins
-        if learns:
+        if needs_gradient:
             logits -= smoothing / logits.shape[1]
             logits.scatter_add_(1, indices, torch.full_like(margins, smoothing).unsqueeze(1))
         return logits
@@ -281,13 +283,14 @@ def _add_chunks(
         scale: of the gradient of each token [K]; None for 1.
     """
     matrix = weight.to(hidden.dtype)
-    learns = any(g is not None for g in gradients)
+    needs_gradient = any(g is not None for g in gradients)
     for chunk in _chunks(len(hidden), chunk_rows(weight.shape[0])):
         # no variables: they would keep one chunk alive while the next is computed
         _add_gradients(
             _scaled(
                 _logit_gradient(
-                    logit_chunk(hidden[chunk], matrix, bias), chunk, transform, chunk_loss, learns
+                    logit_chunk(hidden[chunk], matrix, bias),
+                    chunk, transform, chunk_loss, needs_gradient,
                 ),
                 chunk, scale,
             ),
@@ -316,28 +319,30 @@ def _logit_gradient(
     chunk: slice,
     transform: LogitTransform | None,
     chunk_loss: ChunkLoss,
-    learns: bool,
+    needs_gradient: bool,
 ) -> Tensor:
     """The gradient [c, V] of a chunk's loss by its logits before the transform."""
     if transform is None:
-        return chunk_loss(logits, chunk, learns)
-    with torch.set_grad_enabled(learns):
-        transformed = transform(logits.requires_grad_(learns))
-    gradient = chunk_loss(transformed.detach(), chunk, learns)
-    return torch.autograd.grad(transformed, logits, gradient)[0] if learns else gradient
+        return chunk_loss(logits, chunk, needs_gradient)
+    with torch.set_grad_enabled(needs_gradient):
+        transformed = transform(logits.requires_grad_(needs_gradient))
+    gradient = chunk_loss(transformed.detach(), chunk, needs_gradient)
+    return torch.autograd.grad(transformed, logits, gradient)[0] if needs_gradient else gradient
 
 
 def _scaled(gradient: Tensor, chunk: slice, scale: Tensor | None) -> Tensor:
     return gradient if scale is None else gradient * scale[chunk].unsqueeze(1)
 
 
-def cross_entropy_inplace(logits: Tensor, losses: Tensor, targets: Tensor, *, learns: bool) -> None:
-    """Write losses [c] of logits [c, V], which become their own gradient if `learns`."""
+def cross_entropy_inplace(
+    logits: Tensor, losses: Tensor, targets: Tensor, *, needs_gradient: bool
+) -> None:
+    """Write losses [c] of logits [c, V], which become their own gradient if `needs_gradient`."""
     rows, width = logits.shape
     if native.supports_contiguous(logits, losses) and _all_in_range(targets, width):
         native.call("cross_entropy", logits, targets, losses, rows, width)
     else:
-        _cross_entropy_by_torch(logits, losses, targets, learns)
+        _cross_entropy_by_torch(logits, losses, targets, needs_gradient)
 
 
 def _all_in_range(targets: Tensor, vocabulary: int) -> bool:
@@ -345,14 +350,16 @@ def _all_in_range(targets: Tensor, vocabulary: int) -> bool:
 
 
 @compile_on_gpu
-def _cross_entropy_by_torch(logits: Tensor, losses: Tensor, targets: Tensor, learns: bool) -> None:
+def _cross_entropy_by_torch(
+    logits: Tensor, losses: Tensor, targets: Tensor, needs_gradient: bool
+) -> None:
     indices = targets.unsqueeze(1)
     target_logits = logits.gather(1, indices)
     greatest = logits.amax(1, keepdim=True)
     logits.sub_(greatest).exp_()
     total = logits.sum(1, keepdim=True)
     torch.sub(total.log() + greatest, target_logits, out=losses.unsqueeze(1))
-    if learns:
+    if needs_gradient:
         logits.div_(total).scatter_add_(1, indices, torch.full_like(target_logits, -1.0))
 
 

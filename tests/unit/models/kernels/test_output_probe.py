@@ -58,18 +58,20 @@ def test_other_heads_are_not_exact(name: str) -> None:
     assert not of_config(OTHERS[name]).exact
 
 
-@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("needs_gradient", [True, False])
 @pytest.mark.parametrize("name", ADJUSTED)
-def test_transformed_logits_give_the_models_loss_and_gradient(name: str, learns: bool) -> None:
+def test_transformed_logits_give_the_models_loss_and_gradient(
+    name: str, needs_gradient: bool
+) -> None:
     probe = of_config(ADJUSTED[name])
     assert probe.exact and probe.transform is not None
     hidden, weight, targets = torch.randn(9, 32), torch.randn(48, 32), torch.arange(9)
-    hidden, weight = hidden.requires_grad_(learns), weight.requires_grad_(learns)
+    hidden, weight = hidden.requires_grad_(needs_gradient), weight.requires_grad_(needs_gradient)
     loss, losses = fused_cross_entropy(hidden, weight, None, targets, probe.transform)
     expected = cross_entropy(probe.transform(linear(hidden, weight)), targets, reduction="none")
     torch.testing.assert_close(losses, expected.detach())
     torch.testing.assert_close(loss, expected.sum())
-    if learns:
+    if needs_gradient:
         ours, plain = (torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected.sum()))
         torch.testing.assert_close(ours, plain)
 
