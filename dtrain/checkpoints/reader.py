@@ -16,6 +16,7 @@ from dtrain.checkpoints.manifest import Manifest, SavedKind, read_manifest, step
 from dtrain.checkpoints.parameter_shards import NEUTRAL_KINDS, ParameterShard
 from dtrain.checkpoints.shard_file import ShardReader, tensor_key
 from dtrain.core.errors import UserError
+from dtrain.core.hardware import available_cores
 from dtrain.core.hashes import file_hash
 from dtrain.core.log import progress
 from dtrain.core.ownership import Untrusted, check_own_file, check_own_folder
@@ -93,7 +94,7 @@ class Checkpoint:
             UserError: a file was changed after it was saved.
         """
         files = self._manifest.files
-        workers = max(1, min(len(files), os.cpu_count() or 1))
+        workers = max(1, min(len(files), available_cores()))
         title = f"verifying {self.folder.name}"
         with ThreadPoolExecutor(workers) as pool, progress(title, len(files)) as meter:
             hashes = {pool.submit(file_hash, self.folder / name): name for name in files}

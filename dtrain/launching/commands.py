@@ -16,6 +16,7 @@ from dtrain.config.checks import accumulation
 from dtrain.config.schema import Recipe
 from dtrain.core.cache_paths import compile_folder, user_path
 from dtrain.core.errors import UserError
+from dtrain.core.hardware import available_cores
 from dtrain.core.run_dir import RunDir
 from dtrain.launching.container import python_command, srun_options
 
@@ -73,7 +74,7 @@ def worker_environment(environ: Mapping[str, str], processes: int, has_gpu: bool
         UserError: there is no folder for what is compiled.
     """
     compiled = compile_folder()
-    cores_of_a_rank = max(1, cores() // processes)
+    cores_of_a_rank = max(1, available_cores() // processes)
     defaults = {
         "OMP_NUM_THREADS": str(cores_of_a_rank),
         "TORCHINDUCTOR_COMPILE_THREADS": str(min(MAX_COMPILE_THREADS, cores_of_a_rank)),
@@ -98,13 +99,6 @@ def sees_gpu() -> bool:
     return any(devices.glob("nvidia[0-9]*")) or any(
         (devices / name).exists() for name in ("kfd", "dxg")
     )
-
-
-def cores() -> int:
-    """Processor cores that this process may use (a batch system may have bound it to some)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def step_command(

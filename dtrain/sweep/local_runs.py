@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
-from dtrain.core.hardware import gpus
+from dtrain.core.hardware import available_cores, gpus
 from dtrain.core.ownership import open_in_place
 from dtrain.core.processes import die_with_parent
-from dtrain.launching.commands import cores, launcher_environment
+from dtrain.launching.commands import launcher_environment
 from dtrain.sweep.record import SeedRun, SweepDir
 
 LOCK_SECONDS = 60.0  # a rank whose launcher was killed may take a while to end
@@ -124,4 +124,4 @@ def _slots(base: Recipe, at_once: int) -> list[dict[str, str]]:
 
 
 def _threads(processes: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(max(1, cores() // processes))}
+    return {"OMP_NUM_THREADS": str(max(1, available_cores() // processes))}

@@ -19,6 +19,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.numa.binding import NumaOptions
 
+from dtrain.core import hardware
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import Exit
 from dtrain.launching.commands import launcher_environment, torchrun_command, worker_environment
@@ -172,6 +173,18 @@ def test_worker_environment() -> None:
         launcher_environment({"A": "b"}, "cpu").items()
         >= {"A": "b", "DS_ACCELERATOR": "cpu"}.items()
     )
+
+
+def test_threads_share_the_cores_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`docker --cpus=4` shows all 64 cores of the host; 64 threads would wait for each other."""
+    (tmp_path / "cpu.max").write_text("400000 100000\n")
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    for ranks, threads in ((1, "4"), (2, "2"), (8, "1")):
+        assert worker_environment({}, ranks, has_gpu=False)["OMP_NUM_THREADS"] == threads
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
