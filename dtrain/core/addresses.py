@@ -1,8 +1,10 @@
-"""Addresses that contain a secret, which a message, a log or the recipe of a run would show."""
+"""What addresses must not show: secrets in a message or log, folders in what is published."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from dtrain.core.errors import UserError
@@ -15,6 +17,7 @@ SECRET_NAME = re.compile(
     r"|^(?:key|sig|sas|pass|code)$"
 )
 USER_INFO = re.compile(r"//[^/@:\s]*:[^/@\s]*@")
+LOCAL_PATHS = ("/", "~", "..", "file:", "local:")
 CONTAINER_SCHEMES = ("abfs", "abfss", "wasb", "wasbs", "adl")  # container@account.host/path
 FIX = (
     "pass credentials in the environment of the store's client (AWS_PROFILE, OPENAI_API_KEY, …); "
@@ -45,6 +48,23 @@ def without_secret(address: str) -> str:
     if not has_secret(address):
         return address
     return "::".join(f"{scheme}://…" for scheme, _, _ in ADDRESS.findall(address)) or "…"
+
+
+def without_folders(value: Any) -> Any:
+    """Settings or a record for other people: of each path outside the run only its last name.
+
+    Args:
+        value: of JSON; paths may be values, list items, keys, or parts of a chain such as
+            `zip://a.jsonl::/data/b.zip`.
+    """
+    if isinstance(value, dict):
+        return {without_folders(key): without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    parts = value.split("::")
+    return "::".join(Path(p).name if p.startswith(LOCAL_PATHS) else p for p in parts)
 
 
 def _is_secret(word: str, alone: bool) -> bool:

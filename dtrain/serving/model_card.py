@@ -25,6 +25,7 @@ from ruamel.yaml.error import YAMLError
 from dtrain.config.data import Source
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Stage
+from dtrain.core.addresses import without_folders
 from dtrain.core.cache_paths import hub_id, local_path
 from dtrain.core.coded_tensors import coded_formats, file_tensors
 from dtrain.core.errors import UserError
@@ -366,7 +367,7 @@ def _source_rows(stage: Stage, counts: Sequence[dict[str, Any]]) -> Iterator[dic
     for index, source in enumerate(stage.data.all_sources):
         known = counts[index] if index < len(counts) else {}
         yield {
-            "path": _public(source.path),
+            "path": without_folders(source.path),
             "format": source.format,
             "weight": _weight(source, stage),
             "documents": _count(known.get("documents")),
@@ -381,16 +382,6 @@ def _weight(source: Source, stage: Stage) -> str:
     return UNKNOWN if weight is None else f"{weight:g}" if isinstance(weight, float) else "changes"
 
 
-def _public(value: Any) -> Any:
-    """A setting without the folders of this machine: of a path outside, its last name."""
-    if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_public(item) for item in value]
-    is_outside = isinstance(value, str) and value.startswith(("/", "~", "..", "file:"))
-    return Path(value).name if is_outside else value
-
-
 def _settings_text(stages: Sequence[Stage]) -> str:
     """The settings of the stages that differ from their defaults, as YAML."""
     yaml, stream = YAML(typ="rt", pure=True), io.StringIO()
@@ -402,7 +393,7 @@ def _settings_text(stages: Sequence[Stage]) -> str:
         for group in (settings.get("data") or {}, settings):
             group.pop("sources", None)
             group.pop("replay", None)
-        content[stage.name] = _public(settings)
+        content[stage.name] = without_folders(settings)
     yaml.dump(content, stream)
     return stream.getvalue()
 

@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from dtrain.config.schema import Stage
+from dtrain.core.addresses import without_folders
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import read_json, read_sealed, read_text
 from dtrain.core.folder_kind import FolderKind, folder_kind
@@ -123,26 +123,18 @@ def uploads(result: Result, repo: str) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {name: result.folder / name for name in sorted(names)}
     for name in (CONFIG, MERGE_MANIFEST, COMBINED):
         if name in files:
-            files[name] = _without_folders(result.folder / name)
+            files[name] = _public_record(result.folder / name)
     if result.card:
         files[README] = result.card.replace(PLACEHOLDER, repo).encode()
     return files
 
 
-def _without_folders(path: Path) -> bytes:
-    content = _public(read_json(path))
+def _public_record(path: Path) -> bytes:
+    """A JSON file of a result, without the folders of this machine."""
+    content = without_folders(read_json(path))
     if path.name == CONFIG and is_local_base(path.parent):
         content["base_model_name_or_path"] = None
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _public(value: Any) -> Any:
-    """A record in which absolute paths are their last names."""
-    if isinstance(value, dict):
-        return {_public(key): _public(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_public(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def is_local_base(adapter: Path) -> bool:

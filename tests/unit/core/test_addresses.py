@@ -1,10 +1,10 @@
-"""Secrets in addresses are found in every form; usual addresses and prose pass."""
+"""Secrets and folders in addresses are found in every form; usual addresses and prose pass."""
 
 from __future__ import annotations
 
 import pytest
 
-from dtrain.core.addresses import has_secret, without_secret
+from dtrain.core.addresses import has_secret, without_folders, without_secret
 from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
 
@@ -66,3 +66,25 @@ def test_a_secret_is_found_and_not_shown(address: str) -> None:
 def test_other_addresses_and_prose_pass(address: str) -> None:
     assert not has_secret(address)
     assert without_secret(address) == address
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/home/alice/rows.jsonl",
+        "~alice/rows.jsonl",
+        "../alice/rows.jsonl",
+        "file:///home/alice/rows.jsonl",
+        "local:///home/alice/rows.jsonl",
+        "zip://a.jsonl::/home/alice/rows.jsonl",
+    ],
+)
+def test_a_published_record_names_no_folder_of_this_machine(path: str) -> None:
+    record = {path: [{"source": path, "rows": 3, "template": None}]}
+    shown = str(without_folders(record))
+    assert "alice" not in shown and shown.count("rows.jsonl") == 2
+
+
+def test_other_settings_are_published_as_they_are() -> None:
+    settings = {"path": "data/rows.jsonl", "base": "team/model", "rank": 8, "modules": [".*proj"]}
+    assert without_folders([settings, PLAIN]) == [settings, PLAIN]
