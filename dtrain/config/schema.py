@@ -279,6 +279,12 @@ class Recipe(Group):
         yield "model.base", self.model.base, self.model.revision
         yield from ((key, address, None) for key, address in self.teachers.items())
 
+    @property
+    def chat_template(self) -> str:
+        """The template of conversations: that of the last stage that trains on answers."""
+        named = [s.data.template for s in self.stages if OBJECTIVES[s.kind].trains_on_answers]
+        return named[-1] if named else "auto"
+
     def merges(self, stage: Stage) -> bool:
         """Whether a stage is merged: for a later stage, or because `output.merge` asks for it."""
         is_parent = any(self.parent_of(other) == stage for other in self.stages)

@@ -30,7 +30,6 @@ from dtrain.evaluation.scorer import shared_forward
 from dtrain.models.generation import Decoding, generate_texts
 from dtrain.models.load import silence_transformers
 from dtrain.monitoring.scores import Score
-from dtrain.serving.run_models import template_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class GenerationScorer:
         self, recipe: Recipe, sets: Mapping[str, PromptSet], tokenizer: PreTrainedTokenizerBase
     ) -> None:
         self._run, self._seed, self._sets = Path(recipe.output.folder), recipe.seed, sets
-        self._template = answering_template(template_of(recipe), tokenizer)
+        self._template = answering_template(recipe.chat_template, tokenizer)
         self._tokenizer = deepcopy(tokenizer)  # generation pads it on the left
         self.inputs: Mapping[str, str] = {n: prompts.fingerprint for n, prompts in sets.items()}
 

@@ -22,7 +22,6 @@ from dtrain.data.formats import convert_row, detect_format
 from dtrain.data.readers import iter_rows
 from dtrain.data.sources import SourceFile, files_here, find_source_files
 from dtrain.evaluation.metric import Metric, PromptRow, build_metrics
-from dtrain.serving.run_models import template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +61,7 @@ def prepare_prompts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[
     """
     if not recipe.evaluation.generation:
         return {}
-    template = answering_template(template_of(recipe), tokenizer)
+    template = answering_template(recipe.chat_template, tokenizer)
     return {
         name: _prepare(name, settings, template, tokenizer)
         for name, settings in recipe.evaluation.generation.items()

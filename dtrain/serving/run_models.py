@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.config.load import load_recipe
-from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import local_path, sample_name, user_path
 from dtrain.core.errors import UserError
@@ -78,11 +77,6 @@ class ServedRun:
         known = path.is_dir() or sample_name(self.recipe.model.base) is not None
         return str(path.absolute()) if known else self.recipe.model.base
 
-    @property
-    def template(self) -> str:
-        """The template of conversations, as the recipe names it."""
-        return template_of(self.recipe)
-
     def adapter(self, stage: Stage) -> Path:
         """Return the path of a stage's adapter."""
         return RunDir(self.folder).stage(stage.name).adapter
@@ -112,9 +106,9 @@ class ServedRun:
         after full fine-tuning, if one of the methods does not stack, or if it was itself trained
         over that model in NF4.
         """
-        models = {BASE: ServedModel(self.base, template=self.template)}
+        models = {BASE: ServedModel(self.base, template=self.recipe.chat_template)}
         for folder in self.extra_adapters():
-            models[folder.name] = served_adapter(folder, self.base, self.template)
+            models[folder.name] = served_adapter(folder, self.base, self.recipe.chat_template)
         below: dict[str, ServedModel | None] = {}  # what the next stage's adapter can be added to
         for stage in self.recipe.stages:
             parent = self.recipe.parent_of(stage)
@@ -130,7 +124,7 @@ class ServedRun:
 
     def _after(self, stage: Stage, before: ServedModel | None) -> ServedModel | None:
         if not stage.method.traits.adds_adapter:
-            template = trained_template([self.merged(stage)], self.template)
+            template = trained_template([self.merged(stage)], self.recipe.chat_template)
             merged = ServedModel(str(self.merged(stage)), template=template)
             return merged if self.has_merged(stage) else None
         if not (self.adapter(stage) / CONFIG).is_file():
@@ -141,16 +135,8 @@ class ServedRun:
             base, quantized = before.base, before.quantized
             folders = [*before.adapters, *folders]
         return ServedModel(
-            base, quantized, tuple(folders), trained_template(folders, self.template)
+            base, quantized, tuple(folders), trained_template(folders, self.recipe.chat_template)
         )
-
-
-def template_of(recipe: Recipe) -> str:
-    """The template of conversations: that of the last stage that trains on them."""
-    named = [
-        stage.data.template for stage in recipe.stages if OBJECTIVES[stage.kind].trains_on_answers
-    ]
-    return named[-1] if named else "auto"
 
 
 def is_run(address: str) -> bool:
@@ -211,4 +197,5 @@ def served_models(address: str) -> dict[str, ServedModel]:
 def _template_beside(result: Path) -> str:
     """The template of a stage's adapter or merged model: its own, else its run's recipe's."""
     run = result.absolute().parent.parent
-    return trained_template([result], open_run(run).template if is_run(str(run)) else "auto")
+    otherwise = open_run(run).recipe.chat_template if is_run(str(run)) else "auto"
+    return trained_template([result], otherwise)

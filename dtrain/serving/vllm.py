@@ -168,7 +168,7 @@ def _model_options(run: ServedRun) -> list[tuple[str, ...]]:
 def _chat_options(run: ServedRun, folders: Sequence[Path]) -> list[tuple[str, ...]]:
     """The chat template and the ends of an answer, where the model's own folder has others."""
     options: list[tuple[str, ...]] = []
-    template = trained_template(folders, run.template)
+    template = trained_template(folders, run.recipe.chat_template)
     templates = [run.merged(stage) / CHAT_TEMPLATE for stage in run.recipe.stages]
     if template not in ("auto", "instruction", *map(str, templates)):
         options.append(("--chat-template", str(_template_file(local_path(template)))))
@@ -191,7 +191,7 @@ def _template_file(path: Path) -> Path:
 
 def _notes(run: ServedRun, folders: Sequence[Path]) -> list[str]:
     notes = []
-    if trained_template(folders, run.template) == "instruction":
+    if trained_template(folders, run.recipe.chat_template) == "instruction":
         notes += [
             "# Trained with the instruction template, which no chat template of the model's "
             "repeats:",
