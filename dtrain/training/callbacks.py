@@ -62,9 +62,6 @@ class Callback:
                 the held-out sets. JSON can represent all values except NaN and infinity.
         """
 
-    def log_alert(self, alert: Alert) -> None:
-        """A problem in the stage's curves, once for each kind."""
-
     def post_step(self, stage: StageProgress) -> None:
         """After the step is counted and its metrics are logged, before evaluation and save."""
 
@@ -77,6 +74,13 @@ class Callback:
 
     def close(self) -> None:
         """Release what the callback holds."""
+
+
+class Tracker(Callback):
+    """A callback that sends metrics somewhere; those that show alerts get each kind once."""
+
+    def log_alert(self, alert: Alert) -> None:
+        """Show a problem in the stage's curves; by default it is in the log alone."""
 
 
 class CallbackGroup(Callback):
@@ -280,7 +284,7 @@ class DivergenceStop(Callback):
 class AlertWatch(Callback):
     """Warns once of each kind of alert that a stage's metrics show, here and in trackers."""
 
-    def __init__(self, trackers: Sequence[Callback]) -> None:
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = trackers
         self._start: list[dict[str, Any]] = []
         self._recent: deque[dict[str, Any]] = deque(maxlen=ALERT_STEPS)

@@ -17,9 +17,9 @@ from uuid import uuid4
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.files import read_json, write_json
 from dtrain.core.stage_dir import StageDir
-from dtrain.training.background_tracker import BackgroundTracker, TrackerRun
-from dtrain.training.callbacks import Callback
-from dtrain.training.trackers.metrics_file import MetricsFile
+from dtrain.monitoring.metrics import Metrics
+from dtrain.training.callbacks import Tracker
+from dtrain.training.trackers.background import BackgroundTracker, TrackerRun
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,14 @@ class TrackerContext:
         return self.recipe.monitoring.project or self.recipe.name
 
     @property
+    def group(self) -> str:
+        """The name that the runs of all stages share in a service."""
+        return Path(self.recipe.output.folder).name
+
+    @property
     def title(self) -> str:
         """The name of the stage's run in a service."""
-        return f"{Path(self.recipe.output.folder).name}/{self.stage.name}"
+        return f"{self.group}/{self.stage.name}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -61,9 +66,22 @@ class TrackerContext:
         return known[kind]
 
 
-def build_trackers(context: TrackerContext) -> list[Callback]:
+class MetricsFile(Tracker):
+    """metrics.jsonl in the stage's folder, which the report and the next attempt read."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self._metrics = Metrics(path, resume_at=resume_step)
+
+    def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        self._metrics.write({"step": step, **metrics})
+
+    def close(self) -> None:
+        self._metrics.close()
+
+
+def build_trackers(context: TrackerContext) -> list[Tracker]:
     """All trackers that run; called on the first rank only."""
-    trackers: list[Callback] = [MetricsFile.resumed(context.folder.metrics, context.resume_step)]
+    trackers: list[Tracker] = [MetricsFile(context.folder.metrics, context.resume_step)]
     for kind in dict.fromkeys(context.recipe.monitoring.report_to):
         trackers.append(BackgroundTracker(kind, partial(_open_run, kind, context)))
     return trackers

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import swanlab
 
 from dtrain.training.trackers import TrackerContext
@@ -15,7 +13,7 @@ class SwanLabRun:
     def __init__(self, context: TrackerContext) -> None:
         self._run = swanlab.init(
             project=context.project,
-            group=Path(context.recipe.output.folder).name,
+            group=context.group,
             name=context.title,
             id=context.run_id("swanlab"),
             resume="allow",

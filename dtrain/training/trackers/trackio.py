@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import trackio
 
 from dtrain.training.trackers import TrackerContext
@@ -17,7 +15,7 @@ class TrackioRun:
     def __init__(self, context: TrackerContext) -> None:
         self._run = trackio.init(
             project=context.project,
-            group=Path(context.recipe.output.folder).name,
+            group=context.group,
             name=f"{context.title}-{context.run_id('trackio')[:ID_CHARACTERS]}",
             resume="allow",
             config=context.settings,

@@ -20,8 +20,8 @@ import pytest
 from dtrain.config.load import load_recipe
 from dtrain.config.trackers import TRACKERS
 from dtrain.core.errors import UserErrors
-from dtrain.training import background_tracker
-from dtrain.training.background_tracker import BackgroundTracker, flat_numbers
+from dtrain.training.trackers import background
+from dtrain.training.trackers.background import BackgroundTracker, flat_numbers
 
 BLOCK_BYTES = 1 << 15
 METRICS = {"loss": 2.5, "seconds": {"data": 0.25}, "skipped": "text", "norm": float("nan")}
@@ -243,8 +243,8 @@ def test_a_client_that_fails_is_reported_once(capfd: Any) -> None:
 
 
 def test_a_client_that_hangs_is_reported_once(capfd: Any, monkeypatch) -> None:
-    monkeypatch.setattr(background_tracker, "QUEUE_RECORDS", 2)
-    monkeypatch.setattr(background_tracker, "CLOSE_SECONDS", 0.01)
+    monkeypatch.setattr(background, "QUEUE_RECORDS", 2)
+    monkeypatch.setattr(background, "CLOSE_SECONDS", 0.01)
     run = HangsAndFails()
     tracker = BackgroundTracker("service", lambda: run)
     for step in range(9):

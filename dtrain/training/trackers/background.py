@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from dtrain.core.errors import first_line
 from dtrain.core.log import warn
 from dtrain.monitoring.alerts import Alert
-from dtrain.training.callbacks import Callback
+from dtrain.training.callbacks import Tracker
 
 QUEUE_RECORDS = 1000
 CLOSE_SECONDS = 30.0
@@ -31,7 +31,7 @@ class TrackerRun(Protocol):
         """Send what is left."""
 
 
-class BackgroundTracker(Callback):
+class BackgroundTracker(Tracker):
     """Opens a run in a service, sends it metrics, and closes it, all in a daemon thread.
 
     Args:
