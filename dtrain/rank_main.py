@@ -26,10 +26,12 @@ from dtrain.distributed.hang_watchdog import (
     HangWatchdog,
     follow_compilations,
 )
+from dtrain.distributed.out_of_memory import is_out_of_memory
 from dtrain.distributed.world import World, end_world, start_world
 from dtrain.launching.accelerate_env import launcher_engine, resolve_engine
 from dtrain.pipeline.auto_settings import without_choice
-from dtrain.pipeline.exit_report import ExitReport, is_out_of_memory, out_of_memory_text
+from dtrain.pipeline.exit_report import ExitReport
+from dtrain.pipeline.memory_advice import out_of_memory_text
 from dtrain.pipeline.runner import run_chain
 from dtrain.pipeline.stage_inputs import (
     check_same_on_all_ranks,

@@ -30,7 +30,7 @@ from dtrain.core.os_errors import explained_os_errors
 from dtrain.core.output import lost_output, protect_output, wrapped
 from dtrain.core.ownership import keep_private
 
-exit_report: Any = LazyModule("dtrain.pipeline.exit_report")
+out_of_memory: Any = LazyModule("dtrain.distributed.out_of_memory")
 
 app = typer.Typer(
     name="dtrain",
@@ -114,8 +114,9 @@ def main() -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    is_torch_here = "torch" in sys.modules  # whose errors are of general types
-    return isinstance(error, MemoryError) or (is_torch_here and exit_report.is_out_of_memory(error))
+    if "torch" not in sys.modules:  # whose errors are of general types
+        return isinstance(error, MemoryError)
+    return bool(out_of_memory.is_out_of_memory(error))
 
 
 def _check_working_folder() -> None:

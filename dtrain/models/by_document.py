@@ -27,6 +27,7 @@ from transformers.integrations import hub_kernels
 
 from dtrain.core.errors import first_line
 from dtrain.core.log import say
+from dtrain.distributed.out_of_memory import is_out_of_memory
 from dtrain.distributed.tensor_utils import send
 from dtrain.models.attention import known_document_lengths
 from dtrain.models.dropout import shared_key
@@ -172,9 +173,9 @@ def _probe(
             # without hooks: activation checkpointing would count, and recompute, what is saved
             with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
                 separates = _separates(module, partial(_call, forward, rest, more), like)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a package's code may raise anything
+        if is_out_of_memory(error):
+            raise
         separates, reason = False, first_line(error)
     finally:
         key.lengths, key.part = sequences, None

@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 from transformers.core_model_loading import WeightConverter
 
 from dtrain.core.errors import UserError, first_line
+from dtrain.distributed.out_of_memory import is_out_of_memory
 
 COLUMNS = 8  # of a probe that moves rows
 EXPERTS = 3  # of a probe: a prime number, so that nothing divides them
@@ -73,6 +74,8 @@ class Conversion:
             model: Any = SimpleNamespace(get_parameter=(empty or self.empty).__getitem__)
             entries: dict[str, Any] = rule.convert(first, model=model, config=self.config)
         except Exception as error:  # torch's, on tensors of other shapes
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 f"the files' tensors do not make {first}: {first_line(error)}",
                 fix="weights and config.json must belong to the same model; download them again",

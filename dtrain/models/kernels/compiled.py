@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dtrain.core.log import warn
+from dtrain.distributed.out_of_memory import is_out_of_memory
 from dtrain.models.kernels.native import PLAIN
 
 P = ParamSpec("P")
@@ -50,7 +51,7 @@ def _try_compiled(function: Callable[..., R], args: Any, kwargs: Any) -> R:
     try:
         result: R = _compiled(function)(*plain, **kwargs)
     except Exception as error:  # of torch, triton or a compiler
-        if _is_out_of_memory(error) or before != list(_versions(args)):
+        if is_out_of_memory(error) or before != list(_versions(args)):
             raise
         _failed.add(function)
         why = str(error).strip().split("\n")[0]
@@ -62,10 +63,6 @@ def _try_compiled(function: Callable[..., R], args: Any, kwargs: Any) -> R:
 def _versions(args: tuple[Any, ...]) -> Iterator[int]:
     """Version counters: a function that has written to an input must not run a second time."""
     return (a._version for a in args if isinstance(a, Tensor) and not a.is_inference())
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def set_enabled(*, on: bool) -> None:

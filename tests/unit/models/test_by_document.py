@@ -218,6 +218,21 @@ def test_a_sequence_is_computed_whole_where_a_layer_separates_documents(
     assert all(p.grad is None for p in layer.parameters())
 
 
+def test_memory_that_runs_out_does_not_decide_how_a_layer_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def restart(x: Tensor, ends: Tensor | None) -> Any:
+        if ends is not None:
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+        return [x]
+
+    monkeypatch.setattr(by_document, "_is_on_gpu", lambda tensor: True)
+    layer = Averaging(restart)
+    separate_states(layer)
+    with use_document_lengths((3, 9)), pytest.raises(RuntimeError, match="out of memory"):
+        layer(torch.randn(1, 12, 4))
+
+
 def test_a_layer_with_a_state_is_never_in_training_mode() -> None:
     """There mamba-ssm multiplies with the weights of linear layers without calling them."""
     layer = Convolved(lambda x, conv: conv(x))

@@ -120,6 +120,7 @@ def test_function_that_fails_to_compile_runs_uncompiled(
     [
         (torch.OutOfMemoryError("CUDA out of memory"), False),
         (RuntimeError("CUDA error: out of memory"), False),
+        (RuntimeError("cuMemCreate failed with CUDA_ERROR_OUT_OF_MEMORY"), False),
         (RuntimeError("an illegal instruction"), True),
     ],
 )
