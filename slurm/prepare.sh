@@ -17,6 +17,6 @@
 DTRAIN_RECIPE="${DTRAIN_RECIPE:-7b-lora}"
 DTRAIN_HOME="${DTRAIN_HOME:-$SLURM_SUBMIT_DIR}" # the checkout: submit from it, or say where it is
 source "$DTRAIN_HOME/slurm/python.sh" &&
-    exec "${container[@]}" "$python" -m dtrain.prepare "$DTRAIN_RECIPE" "$@"
+    exec "${container[@]}" "$python" -m dtrain data prepare "$DTRAIN_RECIPE" "$@"
 echo "error: DTRAIN_HOME=$DTRAIN_HOME is not a checkout: submit from it, or set DTRAIN_HOME" >&2
 exit 2

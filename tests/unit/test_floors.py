@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"evaluation"},
     {"training"},
     {"pipeline", "simulation", "sweep"},
-    {"api", "cli", "train", "rank_main", "torchrun", "prepare"},
+    {"api", "cli", "train", "rank_main", "torchrun"},
     {"__init__", "__main__"},
 ]
 HEIGHT = {package: number for number, floor in enumerate(FLOORS) for package in floor}

@@ -57,7 +57,7 @@ def test_script_values_are_always_quoted(is_in_container, tmp_path):
     )
     variable = "DTRAIN_CONTAINER" if is_in_container else "DTRAIN_ENV"
     assert f"{variable}={quote(hostile)}\n" in script
-    assert f"-m dtrain.prepare {quote(hostile)}\n" in script
+    assert f"-m dtrain data prepare {quote(hostile)}\n" in script
     subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, capture_output=True)
     assert list(tmp_path.iterdir()) == []
 
