@@ -31,7 +31,7 @@ class Entries(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
 
 
-def check_type(value: Value, kind: Any, where: str, fix: str = "") -> Value:
+def check_type(value: Value, kind: Any, where: str) -> Value:
     """Return a value that is of a type, unchanged.
 
     Args:
@@ -47,7 +47,7 @@ def check_type(value: Value, kind: Any, where: str, fix: str = "") -> Value:
         detail = error.errors(include_url=False, include_input=False, include_context=False)[0]
         key = ".".join(map(str, detail["loc"]))[:200]
         message = detail["msg"][:1].lower() + detail["msg"][1:]
-        raise UserError(f"{key}: {message}" if key else message, where=where, fix=fix) from error
+        raise UserError(f"{key}: {message}" if key else message, where=where) from error
     return value
 
 

@@ -87,7 +87,7 @@ def fetch(address: str, cache: Path, select: SelectFiles) -> list[tuple[str, Pat
             raise error from None
         if known.exists() and not _is_missing(raised, error):
             say(f"{address}: cannot be reached, using the earlier download")
-            return _earlier_download(known, address)
+            return _earlier_download(known)
         raise _unreadable(address, error) from error
     with progress(
         f"downloading {address}", sum(info.get("size") or 0 for _, info, _ in files)
@@ -100,7 +100,7 @@ def fetch(address: str, cache: Path, select: SelectFiles) -> list[tuple[str, Pat
     return copies
 
 
-def _earlier_download(known: Path, address: str) -> list[tuple[str, Path]]:
+def _earlier_download(known: Path) -> list[tuple[str, Path]]:
     records = read_json(known, list[Annotated[list[str], Field(min_length=2, max_length=2)]])
     copies = [(name, Path(copy)) for name, copy in records]
     for name, copy in copies:

@@ -163,8 +163,8 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def row_blocks(shape: Sequence[int], elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
-    """Yield (first row, row after the last) of blocks of about `elements`.
+def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield (first row, row after the last) of blocks of about BLOCK_ELEMENTS.
 
     All blocks of a matrix are multiples of 64 rows except the last, which has at least 64 unless
     the matrix has fewer. Of experts [E, rows, columns] a block is a number of experts. Without
@@ -174,7 +174,7 @@ def row_blocks(shape: Sequence[int], elements: int = BLOCK_ELEMENTS) -> Iterator
     if not width:
         return
     unit = ROWS if len(shape) < 3 else 1
-    size = max(elements // width // unit, 1) * unit
+    size = max(BLOCK_ELEMENTS // width // unit, 1) * unit
     start = 0
     while start < total:
         stop = total if total - start < size + unit else start + size

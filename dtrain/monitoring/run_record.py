@@ -46,11 +46,11 @@ class HeldOutLosses:
         values = {model: by_model[model] for model in models if model in by_model}
         return cls(name, values, (evaluation.get("blocks") or {}).get(name) or {})
 
-    def standard_error(self, model: str, before: str = "base") -> float | None:
-        """Standard error of a model's loss minus another's; None if it cannot be known."""
-        if not {before, model, "items"} <= self.blocks.keys():
+    def standard_error(self, model: str) -> float | None:
+        """Standard error of a model's loss minus the base's; None if it cannot be known."""
+        if not {"base", model, "items"} <= self.blocks.keys():
             return None
-        return paired_standard_error(self.blocks[before], self.blocks[model], self.blocks["items"])
+        return paired_standard_error(self.blocks["base"], self.blocks[model], self.blocks["items"])
 
     @property
     def last(self) -> float | None:

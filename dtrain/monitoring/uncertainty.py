@@ -40,6 +40,7 @@ def paired_standard_error(
 
 
 SIGNIFICANT = 0.05  # of p: below it a difference counts as real
+INTERVALS = 2000  # of Simpson's rule
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ def _two_sided_p(t: float, freedom: float) -> float:
     return min(1.0, tail / _simpson(0.0, freedom))
 
 
-def _simpson(start: float, freedom: float, intervals: int = 2000) -> float:
-    angles = np.linspace(start, pi / 2, intervals + 1)
+def _simpson(start: float, freedom: float) -> float:
+    angles = np.linspace(start, pi / 2, INTERVALS + 1)
     heights = np.clip(np.cos(angles), 0.0, 1.0) ** (freedom - 1)
-    weights = np.ones(intervals + 1)
+    weights = np.ones(INTERVALS + 1)
     weights[1:-1:2], weights[2:-1:2] = 4.0, 2.0
-    return float(weights @ heights) * (pi / 2 - start) / intervals / 3
+    return float(weights @ heights) * (pi / 2 - start) / INTERVALS / 3

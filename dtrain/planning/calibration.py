@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
@@ -76,10 +75,10 @@ def calibration_file() -> Path:
 
 
 @cache
-def versions(packages: Sequence[str] = PACKAGES) -> str:
+def versions() -> str:
     """Installed versions of the packages that decide memory and speed, without importing them."""
     installed = []
-    for package in packages:
+    for package in PACKAGES:
         with suppress(PackageNotFoundError):
             installed.append(f"{package} {version(package)}")
     return ", ".join(installed)

@@ -25,6 +25,7 @@ BUDGET_FACTOR, BUDGET_BYTES = 1.20, 2.5e9
 
 STAGE_GROUPS = ("train.", "method.", "method=", "data.")  # beginnings of keys that each stage has
 MIN_RANK = 4  # no advice to train with less
+MOST_SUGGESTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Suggestion:
         return assess_fit(self.workload, self.cluster).verdict == FITS
 
 
-def suggest_changes(workload: Workload, cluster: Cluster, most: int = 3) -> list[Suggestion]:
+def suggest_changes(workload: Workload, cluster: Cluster) -> list[Suggestion]:
     """The cheapest changes that fit, each of them as few together as are needed."""
     found: list[tuple[set[Change], Suggestion]] = []
     for changes in _combinations_by_price():
@@ -95,16 +96,16 @@ def suggest_changes(workload: Workload, cluster: Cluster, most: int = 3) -> list
         combined = _combine(changes, workload, cluster)
         if combined and combined.fits:
             found.append((set(changes), combined))
-            if len(found) == most:
+            if len(found) == MOST_SUGGESTIONS:
                 break
     return [combined for _, combined in found]
 
 
-def suggest_reductions(workload: Workload, cluster: Cluster, most: int = 3) -> list[Suggestion]:
+def suggest_reductions(workload: Workload, cluster: Cluster) -> list[Suggestion]:
     """The cheapest changes that need less memory, whether or not the result fits."""
     now = _gpu_share(workload, cluster)
     changed = [x for change in CHANGES if (x := change(workload, cluster))]
-    return [x for x in changed if _gpu_share(x.workload, x.cluster) < now][:most]
+    return [x for x in changed if _gpu_share(x.workload, x.cluster) < now][:MOST_SUGGESTIONS]
 
 
 def _combinations_by_price() -> list[tuple[Change, ...]]:
