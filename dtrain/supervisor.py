@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from dtrain.config.checks import check_batches
 from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
@@ -28,7 +29,6 @@ from dtrain.launching import slurm
 from dtrain.launching.attempts import begin_attempt, end_attempt
 from dtrain.launching.commands import (
     COMMAND,
-    check_batches,
     ranks_per_node,
     run_dir_of,
     step_command,
@@ -98,7 +98,8 @@ class Supervisor:
             UserError: another attempt cannot help: the recipe is wrong, or it failed too often.
         """
         ranks = ranks_per_node(recipe, allocation.gpus)
-        check_batches(recipe, len(allocation.nodes), ranks)
+        if isinstance(ranks, int):
+            check_batches(recipe, len(allocation.nodes) * ranks)
         run = run_dir_of(recipe)
         lock = run.lock(wait_seconds=LOCK_SECONDS)
         try:

@@ -75,6 +75,16 @@ def accumulation(global_batch: int, ranks: int, micro_batch: int) -> int:
     )
 
 
+def check_batches(recipe: Recipe, ranks: int) -> None:
+    """Check that every stage's batch can be divided among the ranks.
+
+    Raises:
+        UserError: it cannot; see `accumulation`.
+    """
+    for stage in recipe.stages:
+        accumulation(stage.train.global_batch_size, ranks, stage.train.micro_batch)
+
+
 def _divisors(global_batch: int, ranks: int, together: int) -> str:
     below, above = global_batch // together * together, -(-global_batch // together) * together
     batches = " or ".join(str(n) for n in (below, above) if n)

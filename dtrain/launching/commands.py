@@ -12,7 +12,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dtrain.config.checks import accumulation
 from dtrain.config.schema import Recipe
 from dtrain.core.cache_paths import compile_folder, user_path
 from dtrain.core.errors import UserError
@@ -176,16 +175,3 @@ def ranks_per_node(recipe: Recipe, gpus: int) -> int | str:
     if recipe.launch.processes == "auto":
         return 1 if recipe.device == "cpu" else gpus or "auto"
     return recipe.launch.processes
-
-
-def check_batches(recipe: Recipe, nodes: int, ranks: int | str) -> None:
-    """Check that every stage's batch can be divided among the ranks, before any of them starts.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if isinstance(ranks, str):
-        return
-    for stage in recipe.stages:
-        train = stage.train
-        accumulation(train.global_batch_size, nodes * ranks, train.micro_batch)

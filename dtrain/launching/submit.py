@@ -12,6 +12,7 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
+from dtrain.config.checks import check_batches
 from dtrain.config.load import dump
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
@@ -19,7 +20,7 @@ from dtrain.core.file_types import JobId, Seconds
 from dtrain.core.files import read_json, write_atomic, write_json
 from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
-from dtrain.launching.commands import check_batches, quote, render
+from dtrain.launching.commands import quote, render
 from dtrain.launching.container import IMAGE, MOUNTS, mounts_text, recipe_mounts
 
 COMMENT = "dtrain:"  # what a job's comment begins with; the run folder follows
@@ -102,7 +103,7 @@ def training(recipe: Recipe, resources: Resources, working: Path) -> Submission:
     run = Path(recipe.output.folder)
     gpus = 0 if recipe.device == "cpu" else resources.gpus
     ranks = recipe.launch.ranks_on_node(gpus or 1)
-    check_batches(recipe, resources.nodes, ranks)
+    check_batches(recipe, resources.nodes * ranks)
     cores, memory = _share(resources, gpus)
     script = render(
         "job.sh.jinja",

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from dtrain.checkpoints.identity import changes_allowed_in
-from dtrain.config.checks import accumulation
+from dtrain.config.checks import check_batches
 from dtrain.config.load import dump
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
@@ -44,8 +44,7 @@ def check_start(
         UserError: a stage was trained with other inputs, is not in the recipe any more, fails a
             gate, or cannot run on so many ranks.
     """
-    for stage in recipe.stages:
-        accumulation(stage.train.global_batch_size, world.size, stage.train.micro_batch)
+    check_batches(recipe, world.size)
     check_no_stage_dropped(run, records)
     for name, record in records.items():
         record.check_same_inputs(changes_allowed_in(name, allowed))

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from dtrain.checkpoints.reader import Checkpoint
-from dtrain.config.checks import accumulation
 from dtrain.core.log import say
 from dtrain.core.units import duration, size
 from dtrain.data.loader import Loader
@@ -163,7 +162,6 @@ def build_trainer(
 def build_loader(setup: StageSetup) -> Loader:
     """The stage's training batches."""
     train, dataset = setup.stage.train, setup.inputs.stages[setup.stage.name]
-    accumulation(train.global_batch_size, setup.world.size, train.micro_batch)
     mean_tokens = tokens_per_sequence(dataset)
     weights = setup.stage.data.loss_weights
     loader = Loader(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dtrain.config.checks import accumulation
+from dtrain.config.checks import check_batches
 from dtrain.config.engines import DEFAULT_ENGINE, ENGINES, EngineCapabilities
 from dtrain.config.methods import TRAITS, MethodSettings, method_like
 from dtrain.config.optimizers import OPTIMIZERS
@@ -162,9 +162,7 @@ def resolve(recipe: Recipe, cluster: Cluster) -> Recipe:
         UserError: the base's shape is not known, or the ranks cannot share a batch evenly.
     """
     shape, _ = find_shape(recipe.model.base)
-    for stage in recipe.stages:  # raises if the ranks cannot share the batch
-        train = stage.train
-        accumulation(train.global_batch_size, cluster.ranks, train.micro_batch)
+    check_batches(recipe, cluster.ranks)
     if _chooses_engine(recipe):
         recipe = _resolve_engine(recipe, shape, cluster)
     return _resolve_micro_batches(recipe, shape, cluster)
