@@ -56,12 +56,13 @@ def show(
     """
     from dtrain.core.log import console
 
-    texts = _rows_of_path(address, count)
     if is_recipe(address):
         from dtrain.config.load import load_recipe
 
         recipe = load_recipe(address, overrides or [])
         texts = _sequences_of_stage(recipe, chosen_stage(recipe, stage), count, console.is_terminal)
+    else:
+        texts = _rows_of_path(address, count)
     for text in texts:
         console.print(text, end="")
 

@@ -17,11 +17,7 @@ from dtrain.core.hashes import fingerprint
 from dtrain.core.locks import FolderLock
 from dtrain.core.log import Meter, progress, say
 from dtrain.data.chat_templates import resolve_template
-from dtrain.data.packed_dataset import (
-    PackedDataset,
-    PreparedSource,
-    check_vocabulary,
-)
+from dtrain.data.packed_dataset import PackedDataset, PreparedSource
 from dtrain.data.packing import Packing
 from dtrain.data.records import (
     Record,
@@ -43,8 +39,6 @@ from dtrain.data.sources import find_source_files
 from dtrain.data.store import MANIFEST, Store
 from dtrain.data.store_writer import StoreWriter
 from dtrain.data.tokenize import RowEncoder, check_tokenizer
-
-__all__ = ["PackedDataset", "check_vocabulary", "prepare"]
 
 CODE_VERSION = 10  # raise it whenever the same input gives another store or manifest
 

@@ -69,8 +69,10 @@ class GenerationScorer:
             has_begun = bool(RunDir(self._run).progress())
             for metric in (m for s in self._sets.values() for m in s.metrics.values()):
                 if problem := metric.problem():
-                    warn(f"{metric.where}: {problem}") if has_begun else None
-                    text = "" if has_begun else json.dumps([metric.where, problem])
+                    if has_begun:
+                        warn(f"{metric.where}: {problem}")
+                    else:
+                        text = json.dumps([metric.where, problem])
         if text := world.broadcast_text(text):
             where, problem = json.loads(text)
             raise UserError(problem, where=where, fix="start it, or remove judge from metrics")

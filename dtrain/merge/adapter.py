@@ -195,7 +195,8 @@ class MergeableAdapter:
         if self.config.get("ensure_weight_tying"):
             _follow(self.replaced, *pair.names)
             scales = {self.layers[name].scale for name in pair.names if name in self.layers}
-            _follow(self.layers, *pair.names) if len(scales) == 1 else None
+            if len(scales) == 1:
+                _follow(self.layers, *pair.names)
         if pair.head not in self.token_rows:
             _follow(self.token_rows, *pair.names)
         changes: list[dict[str, Any]] = [self.saved_base, self.replaced, self.layers]

@@ -129,7 +129,8 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
         """Why what trained cannot be written in the layout that the files have; empty if it can."""
         made = self._matched.converted.get(name) if self._matched else None
         try:
-            self.moves(made) if made else None
+            if made:
+                self.moves(made)
         except UserError as error:
             return str(error)
         return ""

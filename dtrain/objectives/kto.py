@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from dtrain.data.check_rows import one_label_error
 from dtrain.data.loader import MicroBatch
+from dtrain.data.packed_dataset import PackedDataset
 from dtrain.data.packing import Packing
 from dtrain.data.preference_encoders import CHOSEN, REJECTED, UNRELATED, RatedAnswerEncoder
-from dtrain.data.prepare import DatasetSpec, PackedDataset
+from dtrain.data.prepare import DatasetSpec
 from dtrain.data.tokenize import DESIRABLE, UNDESIRABLE
 from dtrain.distributed.world import World
 from dtrain.models.dropout import set_dropout_key

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from dtrain.config.data import Source
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Stage
+from dtrain.data.packed_dataset import PackedDataset
 from dtrain.data.packing import Packing
-from dtrain.data.prepare import PackedDataset, prepare
+from dtrain.data.prepare import prepare
 from dtrain.data.records import Record, open_source
 from dtrain.data.text_checks import RowText, row_text
 from dtrain.data_quality.decontamination import HeldOutIndex, index_held_out

@@ -14,7 +14,7 @@ from dtrain.core.hashes import fingerprint
 from dtrain.core.log import progress, say
 from dtrain.core.run_dir import RunDir
 from dtrain.data.loader import Loader
-from dtrain.data.prepare import PackedDataset
+from dtrain.data.packed_dataset import PackedDataset
 from dtrain.distributed.world import World
 from dtrain.engines.base import Engine
 from dtrain.evaluation.gates import check_gates

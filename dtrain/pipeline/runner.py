@@ -72,7 +72,8 @@ def run_chain(
             say(f"stage {stage.name}: {_origin(folder)} ({folder.identity[:12]}), not run again")
             evaluations.check_gates(stage.name)  # of a stage of another run
         else:
-            folder.begin(changes_allowed_in(stage.name, allowed)) if world.is_first else None
+            if world.is_first:
+                folder.begin(changes_allowed_in(stage.name, allowed))
             world.barrier()
             setup = StageSetup(
                 recipe, stage, folder, base, inputs, evaluations, teachers, world, stop, watchdog

@@ -21,7 +21,8 @@ from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import say, warn
-from dtrain.data.prepare import DatasetSpec, PackedDataset, check_vocabulary, prepare, prepare_share
+from dtrain.data.packed_dataset import PackedDataset, check_vocabulary
+from dtrain.data.prepare import DatasetSpec, prepare, prepare_share
 from dtrain.data.shards import WorkShare
 from dtrain.distributed.world import World
 from dtrain.evaluation.prompts import PromptSet, prepare_prompts

@@ -10,7 +10,7 @@ from dtrain.checkpoints.reader import Checkpoint
 from dtrain.core.log import say
 from dtrain.core.units import duration, size
 from dtrain.data.loader import Loader
-from dtrain.data.prepare import PackedDataset
+from dtrain.data.packed_dataset import PackedDataset
 from dtrain.distributed.tensor_utils import free_memory, peak_memory_bytes, reset_peak_memory
 from dtrain.engines.base import Engine
 from dtrain.monitoring.run_record import describe_used

@@ -17,7 +17,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import say
 from dtrain.core.units import count
-from dtrain.data.prepare import PackedDataset, check_vocabulary
+from dtrain.data.packed_dataset import PackedDataset, check_vocabulary
 from dtrain.distributed.world import World
 from dtrain.merge.provenance import model_fingerprint
 from dtrain.models.hub import base_folder

@@ -44,7 +44,10 @@ class Chat:
             if text == "/quit":
                 return
             try:
-                self.command(text[1:]) if text.startswith("/") else self.ask(text)
+                if text.startswith("/"):
+                    self.command(text[1:])
+                else:
+                    self.ask(text)
             except UserError as error:
                 print(f"error: {error}", flush=True)
             except KeyboardInterrupt:

@@ -99,7 +99,10 @@ class TextGenerator:
         if choice.adapters and isinstance(self._model, PeftModel):
             names = [self._names[folder] for folder in choice.adapters]
             tuner: Any = self._model.base_model
-            self._model.set_adapter(names[0]) if len(names) == 1 else tuner.set_adapter(names)
+            if len(names) == 1:
+                self._model.set_adapter(names[0])
+            else:
+                tuner.set_adapter(names)
         self._template = answering_template(choice.template, self.tokenizer)
         self._choice = choice
 

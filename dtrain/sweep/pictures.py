@@ -130,7 +130,8 @@ def plot_losses(trials: Sequence[Trial]) -> str:
             rank = _rank(trial, losses)
             color = PRUNED if rank is None else COLORS(rank)
             width = 2.6 if trial is trials[0] else 1.4
-            axes.plot(*zip(*measured, strict=True), color=color, linewidth=width) if measured else 0
+            if measured:
+                axes.plot(*zip(*measured, strict=True), color=color, linewidth=width)
             if trial.state == "pruned" and measured:
                 axes.plot(*measured[-1], marker="x", color="#a8321f", markersize=6)
         axes.set_xlabel("step (x: pruned)")

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dtrain.config.data import Data
-from dtrain.data.prepare import PackedDataset, prepare
+from dtrain.data.packed_dataset import PackedDataset
+from dtrain.data.prepare import prepare
 from dtrain.objectives.base import objective_class
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"]

@@ -18,7 +18,8 @@ from dtrain.core.errors import UserError
 from dtrain.data import prepare as module
 from dtrain.data import shards
 from dtrain.data.loader import Loader
-from dtrain.data.prepare import PackedDataset, check_vocabulary, prepare
+from dtrain.data.packed_dataset import PackedDataset, check_vocabulary
+from dtrain.data.prepare import prepare
 from dtrain.objectives.base import objective_class
 
 
