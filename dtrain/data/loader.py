@@ -20,8 +20,6 @@ from dtrain.data.collate import CollatedBatch
 from dtrain.data.packed_dataset import BatchCounts, PackedDataset
 from dtrain.distributed.tensor_utils import send
 
-__all__ = ["BatchCounts", "Loader", "MicroBatch"]
-
 Int64s = NDArray[np.int64]
 
 NO_SEQUENCE = -1

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.config.schema import EvaluationSet, Stage
-from dtrain.data.loader import BatchCounts, MicroBatch
+from dtrain.data.loader import MicroBatch
+from dtrain.data.packed_dataset import BatchCounts
 from dtrain.models.loss import target_losses, target_token_losses
 from dtrain.objectives.base import Objective, StageContext, adapters_disabled
 from dtrain.objectives.stored_values import StoredValues

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import EvaluationSet, Stage
-from dtrain.data.loader import BatchCounts, Loader, MicroBatch
-from dtrain.data.packed_dataset import PackedDataset
+from dtrain.data.loader import Loader, MicroBatch
+from dtrain.data.packed_dataset import BatchCounts, PackedDataset
 from dtrain.data.prepare import DatasetSpec
 from dtrain.distributed.world import World
 from dtrain.objectives.stored_values import StoredValues

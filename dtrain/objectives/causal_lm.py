@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dtrain.config.schema import EvaluationSet, Stage
-from dtrain.data.loader import BatchCounts, MicroBatch
+from dtrain.data.loader import MicroBatch
+from dtrain.data.packed_dataset import BatchCounts
 from dtrain.data.packing import Packing
 from dtrain.data.prepare import DatasetSpec
 from dtrain.data.tokenize import AnswerEncoder, FullTextEncoder

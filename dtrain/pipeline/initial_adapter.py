@@ -25,7 +25,7 @@ from dtrain.core.log import say, warn
 from dtrain.core.stage_dir import read_merge_manifest
 from dtrain.core.weight_files import weight_files
 from dtrain.distributed.tensor_utils import all_finite
-from dtrain.merge.adapter import AdapterFile
+from dtrain.merge.adapter_tensors import AdapterFile
 from dtrain.merge.provenance import adapter_origin, expected_bases, model_fingerprint
 from dtrain.merge.weight_delta import INITIALIZATIONS, WITHOUT_EFFECT
 from dtrain.methods.adapter import loadable_config

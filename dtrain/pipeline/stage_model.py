@@ -24,7 +24,6 @@ from dtrain.distributed.world import World
 from dtrain.engines.base import Engine, build_engine
 from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.chat_files import (
-    GENERATION,
     adapter_chat_files,
     generation_config,
     merged_chat_files,
@@ -44,7 +43,7 @@ from dtrain.models.kernels.patch import apply_kernels, compile_ahead
 from dtrain.models.load import parameter_counts
 from dtrain.models.loss import transformers_model
 from dtrain.models.meta_model import linear_layers
-from dtrain.models.peft_format import base_reference
+from dtrain.models.peft_format import GENERATION, base_reference
 from dtrain.models.sharded_loading import StreamedModel, stream_base
 from dtrain.pipeline.initial_adapter import open_initial_adapter
 from dtrain.pipeline.stage_checks import check_rate_scales

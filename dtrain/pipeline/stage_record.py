@@ -25,7 +25,7 @@ from dtrain.core.run_dir import RunDir, remove_partial_files
 from dtrain.core.stage_dir import NOT_TRAINED, StageDir, read_merge_manifest
 from dtrain.distributed.hang_watchdog import HangWatchdog
 from dtrain.distributed.world import World
-from dtrain.merge.adapter import AdapterFile
+from dtrain.merge.adapter_tensors import AdapterFile
 from dtrain.methods.base import Method, build_method
 from dtrain.models.added_tokens import token_ids
 from dtrain.models.load import resolve_dtype

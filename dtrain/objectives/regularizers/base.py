@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dtrain.config.schema import Stage
-from dtrain.data.loader import BatchCounts, MicroBatch
+from dtrain.data.loader import MicroBatch
+from dtrain.data.packed_dataset import BatchCounts
 from dtrain.distributed.world import World
 from dtrain.objectives.base import (
     LossOutput,

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.data.collate import CollatedBatch, collate_segments
-from dtrain.data.loader import NO_SEQUENCE, BatchCounts, Loader
+from dtrain.data.loader import NO_SEQUENCE, Loader
+from dtrain.data.packed_dataset import BatchCounts
 from dtrain.data.packing import Segments
 from dtrain.data.sampling import build_sampling_plan
 

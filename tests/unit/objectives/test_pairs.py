@@ -22,7 +22,8 @@ from torch.nn.functional import logsigmoid
 from dtrain.config.data import Data
 from dtrain.config.load import load_recipe
 from dtrain.config.methods import Lora
-from dtrain.data.loader import BatchCounts, Loader, MicroBatch
+from dtrain.data.loader import Loader, MicroBatch
+from dtrain.data.packed_dataset import BatchCounts
 from dtrain.data.packing import Packing
 from dtrain.data.prepare import DatasetSpec, prepare
 from dtrain.data.tokenize import AnswerEncoder, Document
