@@ -13,7 +13,8 @@ from importlib import import_module
 
 from dtrain.config.engines import ENGINES
 from dtrain.planning.activations import DTRAIN, TrainerProfile
-from dtrain.planning.engine_base import Collective, EngineModel, GatherPoint, MemoryEstimate
+from dtrain.planning.engine_base import Collective, EngineModel
+from dtrain.planning.memory_estimate import GatherPoint, MemoryEstimate
 from dtrain.planning.parameters import FLOAT32, ParameterSpec, padded_bytes, reduced_bytes
 from dtrain.planning.workload import Workload
 from dtrain.planning.zero3_gathers import BACKWARD, END, FORWARD, GatherSchedule, simulate_gathers

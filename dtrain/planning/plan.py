@@ -12,10 +12,10 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.planning.build_workload import build_workload
 from dtrain.planning.calibration import Correction, find_correction
 from dtrain.planning.choose import PlanOption, list_options, resolve
-from dtrain.planning.engine_base import MemoryEstimate
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.fit import FITS, ORDER, MemoryFit, Suggestion, assess_fit, suggest_changes
 from dtrain.planning.known_models import find_config, find_shape
+from dtrain.planning.memory_estimate import MemoryEstimate
 from dtrain.planning.shapes import ModelShape
 from dtrain.planning.simulated_peak import (
     ReportProgress,
