@@ -21,7 +21,7 @@ from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import read_json
 from dtrain.core.log import warn
 from dtrain.core.weight_files import check_complete, read_headers
-from dtrain.models import attention
+from dtrain.models import attention, attention_probe
 from dtrain.models.by_document import separate_states, skip_hooks_of_experts
 from dtrain.models.expert_layers import check_experts, fix_routers
 from dtrain.models.finite_weights import check_finite
@@ -303,8 +303,8 @@ def attention_arguments(config: PretrainedConfig, trust_remote_code: bool) -> tu
     """
     key = config.to_json_string(use_diff=False), trust_remote_code
     if key not in _arguments:
-        with attention.recording_arguments() as passed:
-            is_asked = _computes(config, trust_remote_code, attention.PROBE)
+        with attention_probe.recording_arguments() as passed:
+            is_asked = _computes(config, trust_remote_code, attention_probe.PROBE)
             if not is_asked and _computes(config, trust_remote_code, "eager"):
                 passed.names.add("attention_mask")
         _arguments[key] = passed.names, passed.largest_head
