@@ -91,7 +91,8 @@ def prepare(
     import os
 
     from dtrain.config.load import load_recipe
-    from dtrain.pipeline.stage_inputs import parse_share, prepare_recipe, share_of_array
+    from dtrain.data.shards import parse_share, share_of_array
+    from dtrain.pipeline.stage_inputs import prepare_recipe
 
     share = parse_share(shard) if shard else share_of_array(os.environ)
     prepare_recipe(load_recipe(recipe, overrides or []), share, processes)

@@ -8,6 +8,7 @@ no matter how many processes wrote it.
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dtrain.core.errors import UserError
 from dtrain.core.files import write_atomic
 from dtrain.core.hardware import workers_that_fit
 from dtrain.core.locks import ShardLocks
@@ -101,6 +103,35 @@ class WorkShare:
 
     number: int = 0
     of: int = 1
+
+
+def share_of_array(environ: Mapping[str, str]) -> WorkShare:
+    """The share of this task of a Slurm array; all of the work outside of an array.
+
+    In an array with gaps (3,7) two tasks may begin at the same shard, as all continue with whatever
+    is missing.
+    """
+    try:
+        number, first, count = (
+            int(environ[f"SLURM_ARRAY_TASK_{n}"]) for n in ("ID", "MIN", "COUNT")
+        )
+        step = int(environ.get("SLURM_ARRAY_TASK_STEP", "1"))
+        return WorkShare((number - first) // step % count, count)
+    except (KeyError, ValueError, ZeroDivisionError):
+        return WorkShare()
+
+
+def parse_share(text: str) -> WorkShare:
+    """'2/8' → the second of eight shares.
+
+    Raises:
+        UserError: the text is not such a share.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, of = (int(group) for group in match.groups()) if match else (0, 0)
+    if not 1 <= number <= of:
+        raise UserError("not a share", where=f"--shard {text}", fix="write 1/8 to 8/8 for eight")
+    return WorkShare(number - 1, of)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ No rank waits in a collective meanwhile: preparation may take longer than a coll
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -293,35 +292,6 @@ def prepare_recipe(recipe: Recipe, share: WorkShare, processes: int | None = Non
         say(f"stage {name}: {dataset.describe()}")
     for name, dataset in inputs.sets.items():
         say(f"evaluation set {name}: {dataset.describe()}")
-
-
-def share_of_array(environ: Mapping[str, str]) -> WorkShare:
-    """The share of this task of a Slurm array; all of the work outside of an array.
-
-    In an array with gaps (3,7) two tasks may begin at the same shard, as all continue with whatever
-    is missing.
-    """
-    try:
-        number, first, count = (
-            int(environ[f"SLURM_ARRAY_TASK_{n}"]) for n in ("ID", "MIN", "COUNT")
-        )
-        step = int(environ.get("SLURM_ARRAY_TASK_STEP", "1"))
-        return WorkShare((number - first) // step % count, count)
-    except (KeyError, ValueError, ZeroDivisionError):
-        return WorkShare()
-
-
-def parse_share(text: str) -> WorkShare:
-    """'2/8' → the second of eight shares.
-
-    Raises:
-        UserError: the text is not such a share.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    number, of = (int(group) for group in match.groups()) if match else (0, 0)
-    if not 1 <= number <= of:
-        raise UserError("not a share", where=f"--shard {text}", fix="write 1/8 to 8/8 for eight")
-    return WorkShare(number - 1, of)
 
 
 # Recipe key, description, tokens, and the fix if there are too many.

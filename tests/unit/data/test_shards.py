@@ -22,10 +22,9 @@ from dtrain.core.processes import worker_pool
 from dtrain.data import shards
 from dtrain.data.prepare import prepare, prepare_share
 from dtrain.data.records import read_records
-from dtrain.data.shards import WorkShare
+from dtrain.data.shards import WorkShare, share_of_array
 from dtrain.data.sources import find_source_files
 from dtrain.objectives.causal_lm import ContinuedPretraining, SupervisedFinetuning
-from dtrain.pipeline.stage_inputs import share_of_array
 
 CPT = ContinuedPretraining.dataset
 SFT = SupervisedFinetuning.dataset

@@ -13,11 +13,11 @@ from dtrain.config.methods import parse_method
 from dtrain.core.errors import UserError
 from dtrain.planning.activations import TrainerProfile, layer_bytes, saved_bytes
 from dtrain.planning.build_workload import build_workload
-from dtrain.planning.engine_base import MemoryEstimate
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.fit import DOES_NOT_FIT, FITS, assess_fit, suggest_changes
 from dtrain.planning.gpus import GPUS, find_gpu, gpu_of_device
 from dtrain.planning.known_models import find_shape
+from dtrain.planning.memory_estimate import MemoryEstimate
 from dtrain.planning.parameters import layer_parameters, padded_bytes
 from dtrain.planning.plan import make_plan
 from dtrain.planning.speed import flops_per_token
