@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dtrain.cli.arguments import address, path
-from dtrain.core.cache_paths import user_path
+from dtrain.core.cache_paths import store_folder, user_path
 from dtrain.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,7 +98,6 @@ def _files(path: str, origin: Origin) -> Callable[[Counter[str]], Iterator[Extra
 def _chats(
     path: str, roles: list[str], keep: list[str], min_turns: int
 ) -> Callable[[Counter[str]], Iterator[ExtractedRow]]:
-    from dtrain.core.cache_paths import cache_folder
     from dtrain.pipeline.extract import CONVERSATION_ROLES, extract_chats
 
     given = dict[str, str]()
@@ -108,8 +107,7 @@ def _chats(
             fix = f"NAME=ROLE, where ROLE is one of {', '.join(CONVERSATION_ROLES)}"
             raise UserError("is not a role", where=f"--role {option}", fix=fix)
         given[name] = known
-    cache = cache_folder() / "stores"
-    return lambda left_out: extract_chats(path, given, keep, min_turns, cache, left_out)
+    return lambda left_out: extract_chats(path, given, keep, min_turns, store_folder(), left_out)
 
 
 def _print(result: Extraction, out: Path) -> None:

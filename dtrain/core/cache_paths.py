@@ -88,6 +88,11 @@ def is_in_cache(path: str | os.PathLike[str]) -> bool:
     return False
 
 
+def store_folder() -> Path:
+    """Folder of prepared data, and of the source files that are downloaded for it."""
+    return cache_folder() / "stores"
+
+
 def sample_folder(name: str) -> Path:
     """Folder of the sample model or corpus `name`, which dtrain/samples/ builds."""
     return cache_folder() / "samples" / name

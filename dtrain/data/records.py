@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dtrain.config.data import Source
-from dtrain.core.cache_paths import cache_folder
+from dtrain.core.cache_paths import store_folder
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.log import say
 from dtrain.data.formats import (
@@ -266,7 +266,7 @@ def open_source(source: Source) -> SourceRows:
     Raises:
         UserError: there is nothing to read.
     """
-    files = find_source_files(source, cache_folder() / "stores")
+    files = find_source_files(source, store_folder())
     columns: dict[Any, str] = dict(source.columns)
     try:
         row_format = (

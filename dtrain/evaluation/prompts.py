@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dtrain.config.data import Source
 from dtrain.config.generation import METRICS, GenerationSet
 from dtrain.config.schema import Recipe
-from dtrain.core.cache_paths import cache_folder
+from dtrain.core.cache_paths import store_folder
 from dtrain.core.check_report import CheckReport
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.hashes import fingerprint
@@ -128,7 +128,7 @@ def read_prompts(settings: GenerationSet, where: str) -> Iterator[PromptRow]:
         UserError: the file cannot be read, has no rows, or a row is no conversation.
     """
     with _named(f"{where}.path"):
-        files = find_source_files(_source(settings), cache_folder() / "stores")
+        files = find_source_files(_source(settings), store_folder())
     yield from _rows(files, settings, where)
 
 

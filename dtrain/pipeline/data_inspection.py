@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from dtrain.config.data import Source
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Recipe, Stage
+from dtrain.core.cache_paths import store_folder
 from dtrain.data.packed_dataset import PackedDataset
 from dtrain.data.packing import Packing
 from dtrain.data.prepare import prepare
@@ -23,7 +24,6 @@ from dtrain.models.added_tokens import open_tokenizer
 from dtrain.models.tokenizer import tokenizer_fingerprint
 from dtrain.objectives.base import build_objective
 from dtrain.pipeline.input_checks import samples_of
-from dtrain.pipeline.stage_inputs import store_folder
 from dtrain.samples.make import ensure
 
 

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrain.config.data import Data
 from dtrain.config.schema import Recipe
-from dtrain.core.cache_paths import cache_folder
+from dtrain.core.cache_paths import store_folder
 from dtrain.core.errors import EmptyDataError, UserError
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import say, warn
@@ -270,11 +270,6 @@ def limit_micro_batches(recipe: Recipe, layout: Layout) -> Recipe:
         train = stage.train.model_copy(update={"micro_batch_size": 1})
         stages.append(stage.model_copy(update={"train": train}))
     return recipe.model_copy(update={"stages": stages})
-
-
-def store_folder() -> Path:
-    """Folder of prepared data."""
-    return cache_folder() / "stores"
 
 
 def prepare_recipe(recipe: Recipe, share: WorkShare, processes: int | None = None) -> None:

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from dtrain.config.load import load_recipe
 from dtrain.config.schema import Recipe
-from dtrain.core.cache_paths import cache_folder
+from dtrain.core.cache_paths import store_folder
 from dtrain.data.loader import Loader
 from dtrain.data.prepare import prepare
 from dtrain.models.hub import base_folder
@@ -47,7 +47,7 @@ def tokenized_rows(recipe: Recipe) -> Dataset:
     """The rows of a run in the order of its training."""
     stage, base = recipe.stages[0], base_folder(recipe.model.base)
     tokenizer = load_tokenizer(base)
-    store = cache_folder() / "stores"
+    store = store_folder()
     dataset = prepare(stage.data, SFT, tokenizer, tokenizer_fingerprint(tokenizer), store)
     loader = Loader(dataset, seed=recipe.seed, global_batch=BATCH, total_sequences=STEPS * BATCH)
     rows = [dataset.sequence(int(n)) for step in range(STEPS) for n in loader.batch(step)]

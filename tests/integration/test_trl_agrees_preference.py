@@ -22,7 +22,7 @@ from trl.experimental.orpo import ORPOTrainer
 from dtrain.config.load import load_recipe
 from dtrain.config.preference import PreferenceSettings
 from dtrain.config.schema import Recipe
-from dtrain.core.cache_paths import cache_folder
+from dtrain.core.cache_paths import store_folder
 from dtrain.data.loader import Loader
 from dtrain.data.preference_encoders import CHOSEN
 from dtrain.data.prepare import prepare
@@ -215,7 +215,7 @@ def rows_of_training(recipe: Recipe) -> Iterator[tuple[list[int], list[Answer]]]
         objective_class(stage.kind).dataset,
         tokenizer,
         tokenizer_fingerprint(tokenizer),
-        cache_folder() / "stores",
+        store_folder(),
     )
     loader = Loader(dataset, seed=recipe.seed, global_batch=BATCH, total_sequences=STEPS * BATCH)
     for step in range(STEPS):
