@@ -26,6 +26,7 @@ file_types: Any = LazyModule("dtrain.core.file_types")  # pydantic, which few co
 
 SEAL, OLD_SEAL = "blake3", "sha256"
 MAX_BYTES = 1 << 25  # of a file that is read whole; parsed JSON takes up to twenty times its size
+TAIL_BYTES = 20_000  # of a log whose end is read
 MAX_DEPTH = 100  # of lists and objects in each other
 MAX_LINES_BYTES = 1 << 28  # of JSON lines; those of a million steps
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -144,6 +145,17 @@ def bounded_lines(file: IO[str], where: str) -> Iterator[tuple[int, str]]:
             raise UserError(f"the line is longer than {size(MAX_BYTES)}", where=f"{where}:{number}")
         yield number, line
         number += 1
+
+
+def read_tail(path: Path, limit: int = TAIL_BYTES) -> str:
+    """The last `limit` bytes of a file as text; empty if it cannot be read.
+
+    Its first line may be cut off.
+    """
+    with suppress(OSError, UserError), open_file(path) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - limit))
+        return file.read().decode(errors="replace")
+    return ""
 
 
 def decode_text(data: bytes, name: str) -> str:

@@ -1,10 +1,13 @@
-"""Import modules late and fast: every start of a rank pays for its imports."""
+"""Import modules late, fast or not at all: every start of a rank pays for its imports."""
 
 from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
@@ -40,3 +43,12 @@ def import_fast(name: str) -> ModuleType:
             del os.environ[DISABLE_DYNAMO]
         else:
             os.environ[DISABLE_DYNAMO] = before
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those of these packages that are installed, without importing them."""
+    versions = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions

@@ -38,6 +38,11 @@ def visible(text: str) -> str:
     return _STEERING.sub(_symbol, text) if _STEERING.search(text) else text
 
 
+def printable(text: str) -> str:
+    """The text in one line, with a space instead of each character that cannot be printed."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def _symbol(match: re.Match[str]) -> str:
     code = ord(match.group())
     if code < 32:

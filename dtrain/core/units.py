@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 
 def size(number_of_bytes: float) -> str:
     """12_345_678 → '12.3 MB' (decimal units)."""
@@ -29,3 +31,8 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def local_time(seconds: float) -> str:
+    """Seconds since 1970 → '2026-05-17 09:30', in this machine's time zone."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

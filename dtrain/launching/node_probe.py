@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from dtrain.core.cache_paths import compile_folder, hub_id, local_path, sample_n
 from dtrain.core.errors import UserError
 from dtrain.core.hardware import gpus
 from dtrain.core.hashes import file_hash
+from dtrain.core.lazy_import import installed_versions
 from dtrain.core.weight_files import read_header, undownloaded, weight_files
 from dtrain.launching.network import address_of, own_address
 
@@ -90,13 +90,8 @@ def _temporary() -> Path:
 
 def versions() -> dict[str, str]:
     """Versions that must be the same on every node."""
-    packages = {"python": platform.python_version(), "dtrain": dtrain.__version__}
-    for package in PACKAGES:
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = "missing"
-    return packages
+    own = {"python": platform.python_version(), "dtrain": dtrain.__version__}
+    return own | dict.fromkeys(PACKAGES, "missing") | installed_versions(PACKAGES)
 
 
 def free_bytes(folder: Path) -> int:

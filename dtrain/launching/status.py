@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dtrain.core.errors import UserError
+from dtrain.core.files import read_tail
 from dtrain.core.run_dir import RunDir
-from dtrain.core.units import duration
+from dtrain.core.units import duration, local_time
 from dtrain.launching import slurm
 from dtrain.launching.attempts import Attempt, read_attempts
 from dtrain.launching.slurm import QueuedJob
 from dtrain.launching.submit import jobs_of
 
-LOG_TAIL_BYTES = 20_000
 UNKNOWN_TIMES = ("", "N/A", "Unknown")  # squeue's words, before the scheduler has looked at a job
 LOG_BLOCK = 1 << 20  # characters read at once
 _PROGRESS = re.compile(r"^\d\d:\d\d:\d\d stage (\S+): (\d+)/(\d+), (.+) left(.*)$", re.MULTILINE)
@@ -90,17 +90,14 @@ def progress_lines(run: Path) -> Iterator[str]:
     log = log_of(run)
     if log is None:
         return
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
-        text = file.read().decode(errors="replace")
-    if lines := _PROGRESS.findall(text):
+    if lines := _PROGRESS.findall(read_tail(log)):
         stage, step, steps, left, note = lines[-1]
         yield f"stage {stage}: step {step} of {steps}, {left} left{note}"
 
 
 def attempt_line(attempt: Attempt) -> str:
     """Describe an attempt."""
-    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(attempt.started))
+    began = local_time(attempt.started)
     head = f"attempt {attempt.number}  {began}  job {attempt.job}  {','.join(attempt.nodes)}"
     if attempt.ended is None:
         return f"{head}  not ended"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from statistics import median
 from typing import Any
+
+from dtrain.monitoring.metrics import is_number
 
 Records = Sequence[dict[str, Any]]
 Points = list[tuple[int, float]]
@@ -61,13 +62,13 @@ def _numbers(record: dict[str, Any], key: str) -> dict[str, float]:
     """The finite numbers of a mapping in a record; empty if there is none."""
     value = record.get(key)
     items = value.items() if isinstance(value, dict) else ()
-    return {n: float(v) for n, v in items if isinstance(v, int | float) and isfinite(v)}
+    return {n: float(v) for n, v in items if is_number(v)}
 
 
 def _points(records: Records, key: str) -> Points:
     """(step, value) of every record with a finite number under `key`."""
     points = [(record["step"], record.get(key)) for record in records]
-    return [(s, float(v)) for s, v in points if isinstance(v, int | float) and isfinite(v)]
+    return [(s, float(v)) for s, v in points if is_number(v)]
 
 
 def _median(points: Points) -> float:

@@ -12,7 +12,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import write_atomic
 from dtrain.core.locks import FolderLock
 from dtrain.core.run_dir import RunDir
-from dtrain.core.units import duration
+from dtrain.core.units import duration, local_time
 from dtrain.monitoring.run_state import StageState, read_state
 from dtrain.monitoring.starts import LOST, Start, read_starts
 
@@ -65,7 +65,7 @@ def _stage_line(stage: StageState, *, is_running: bool) -> str:
 
 
 def _attempt_line(number: int, start: Start) -> str:
-    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(start.started))
+    began = local_time(start.started)
     head = f"attempt {number}  {began}  {start.host}  {start.ranks} x {start.device}"
     if start.ended is None:
         return f"{head}  no end recorded"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dtrain.core.files import read_json_lines, write_atomic
 from dtrain.core.ownership import open_in_place
@@ -46,6 +47,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value from a file is a number that a float can be; true and false are none."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max  # not true for NaN
 
 
 def finite(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -16,7 +15,7 @@ from dtrain.config.objectives import OBJECTIVES
 from dtrain.core.files import write_atomic
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.run_dir import RunDir
-from dtrain.core.units import count, duration, size
+from dtrain.core.units import count, duration, local_time, size
 from dtrain.monitoring.alerts import find_alerts
 from dtrain.monitoring.run_record import (
     RunRecord,
@@ -115,7 +114,7 @@ def _start(record: RunRecord, price: float | None) -> str:
     first, last = record.starts[0].start, record.starts[-1].start
     hours = record.gpu_hours
     texts = [
-        _clock(first.started),
+        local_time(first.started),
         f"{last.nodes} nodes, first {last.host}" if last.nodes > 1 else last.host,
         f"{last.gpus} x {last.device}" if last.gpus else f"{last.ranks} processes on a CPU",
         f"{len(record.starts)} attempts" if len(record.starts) > 1 else "",
@@ -123,10 +122,6 @@ def _start(record: RunRecord, price: float | None) -> str:
         f"{hours * price:,.2f} at {price:g} per GPU-hour" if hours and price is not None else "",
     ]
     return " · ".join(text for text in texts if text)
-
-
-def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _attempts(record: RunRecord) -> list[dict[str, Any]]:
@@ -138,7 +133,7 @@ def _attempts(record: RunRecord) -> list[dict[str, Any]]:
     return [
         {
             "number": number,
-            "began": _clock(attempt.start.started),
+            "began": local_time(attempt.start.started),
             "took": duration(attempt.seconds),
             "where": ", job ".join(filter(None, (_hosts(attempt.start), attempt.start.job))),
             "ranks": f"{attempt.start.ranks} x {attempt.start.device}",

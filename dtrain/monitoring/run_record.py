@@ -13,6 +13,7 @@ from dtrain.config.yaml_document import parse_value
 from dtrain.core.errors import UserError
 from dtrain.core.file_types import check_type
 from dtrain.core.files import parse_json, read_json_lines, read_text
+from dtrain.core.output import printable
 from dtrain.core.run_dir import EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
 from dtrain.monitoring.alerts import find_alerts
 from dtrain.monitoring.file_types import EvaluationFile, Lineage, Prediction, RecipeValues
@@ -377,7 +378,5 @@ def _answer_block(number: int, row: PromptAnswers) -> str:
 
 def _wrap(label: str, text: str) -> str:
     """Wrap a text under its label; control characters are removed."""
-    plain = "".join(c if c.isprintable() else " " for c in text)
-    return textwrap.fill(
-        " ".join(plain.split()), WIDTH, initial_indent=label, subsequent_indent=" " * len(label)
-    )
+    line = " ".join(printable(text).split())
+    return textwrap.fill(line, WIDTH, initial_indent=label, subsequent_indent=" " * len(label))

@@ -6,17 +6,19 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from dtrain.core.errors import UserError
+from dtrain.core.files import read_tail
 from dtrain.core.locks import FolderLock
+from dtrain.core.output import printable
 from dtrain.core.run_dir import EVALUATION, STARTS, RunDir, read_exit_report
 from dtrain.core.stage_dir import METRICS, STAGE_RECORD
 from dtrain.launching.status import log_of
 from dtrain.monitoring.alerts import WINDOW, find_alerts
+from dtrain.monitoring.metrics import is_number
 from dtrain.monitoring.run_record import RunRecord, read_run
 
 SILENT_SECONDS = 900.0  # longer than a save or an evaluation of most runs
@@ -200,19 +202,10 @@ def _log_lines(run: RunDir) -> Iterator[str]:
         log = log_of(run.path)
     if log is None:
         return
-    try:
-        with open(log, "rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - LOG_TAIL_BYTES))
-            text = file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return
-    lines = [line for line in text.split("\n") if line.strip()]
-    for line in lines[-LOG_LINES:]:
-        yield "".join(c if c.isprintable() else " " for c in line)
+    lines = [line for line in read_tail(log, LOG_TAIL_BYTES).split("\n") if line.strip()]
+    yield from map(printable, lines[-LOG_LINES:])
 
 
 def _number(value: object) -> float | None:
     """A finite number, or None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and isfinite(value) else None  # type: ignore[arg-type]
+    return float(value) if is_number(value) else None

@@ -17,8 +17,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,13 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import read_json_lines
 from dtrain.core.hardware import driver_versions
 from dtrain.core.hashes import fingerprint
+from dtrain.core.lazy_import import installed_versions
 from dtrain.core.ownership import open_in_place
 from dtrain.core.processes import output_file
 from dtrain.core.run_dir import RunDir
 from dtrain.core.stage_dir import METRICS
 from dtrain.launching.commands import COMMAND
+from dtrain.monitoring.metrics import is_number
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 GIT_SECONDS = 5.0
@@ -179,7 +179,7 @@ def read_starts(run: RunDir) -> list[Start]:
 
 def _add_end(starts: list[Start], end: dict[str, Any]) -> None:
     """Put an end into the newest start with its id."""
-    is_end = _is_number(end["ended"]) and isinstance(end["outcome"], str)
+    is_end = is_number(end["ended"]) and isinstance(end["outcome"], str)
     for number in reversed(range(len(starts))):
         if is_end and starts[number].start == end["start"]:
             starts[number] = replace(starts[number], **{**end, "reason": str(end["reason"])})
@@ -246,16 +246,11 @@ def _start(record: dict[str, Any]) -> Start | None:
     texts = [getattr(start, name) for name in _TEXTS]
     for names in (start.versions, start.hosts):
         texts += [*names.keys(), *names.values()] if isinstance(names, dict) else [None]
-    is_valid = all(map(_is_number, numbers)) and all(x is None or _is_number(x) for x in ends)
+    is_valid = all(map(is_number, numbers)) and all(x is None or is_number(x) for x in ends)
     return start if is_valid and all(isinstance(text, str) for text in texts) else None
 
 
 _TEXTS = ("host", "device", "job", "command", "output", "start", "outcome", "reason")
-
-
-def _is_number(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and isfinite(value)  # type: ignore[arg-type]
 
 
 def _last_change(run: RunDir) -> float | None:
@@ -273,10 +268,7 @@ def software_versions() -> dict[str, str]:
     if commit := _commit():
         versions["commit"] = commit
     versions["python"] = platform.python_version()
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
+    return versions | installed_versions(PACKAGES)
 
 
 def _commit() -> str:

@@ -11,7 +11,6 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -19,6 +18,7 @@ from statistics import median
 from dtrain.core.cache_paths import cache_folder
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_json_lines
+from dtrain.core.lazy_import import installed_versions
 from dtrain.core.ownership import open_in_place
 
 FILE_NAME = "calibration.jsonl"
@@ -77,11 +77,7 @@ def calibration_file() -> Path:
 @cache
 def versions() -> str:
     """Installed versions of the packages that decide memory and speed, without importing them."""
-    installed = []
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            installed.append(f"{package} {version(package)}")
-    return ", ".join(installed)
+    return ", ".join(f"{name} {version}" for name, version in installed_versions(PACKAGES).items())
 
 
 def append_record(record: CalibrationRecord) -> None:

@@ -30,6 +30,7 @@ from dtrain.core.cache_paths import hub_id, local_path
 from dtrain.core.coded_tensors import coded_formats, file_tensors
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text, write_atomic
+from dtrain.core.output import printable
 from dtrain.core.run_dir import RECIPE
 from dtrain.core.stage_dir import STAGE_RECORD
 from dtrain.core.units import count, duration
@@ -319,8 +320,7 @@ def md(value: object) -> str:
     """A text in one line of Markdown that shows exactly these characters."""
     if isinstance(value, Markdown):
         return value
-    line = "".join(c if c.isprintable() else " " for c in str(value))
-    return Markdown(_SPECIAL.sub(r"\\\1", " ".join(line.split())))
+    return Markdown(_SPECIAL.sub(r"\\\1", " ".join(printable(str(value)).split())))
 
 
 def _link(base: BaseModel) -> str:

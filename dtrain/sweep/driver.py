@@ -11,9 +11,9 @@ from typing import Protocol
 from dtrain.config.load import dump
 from dtrain.config.sweep import Sweep
 from dtrain.core.errors import Exit, UserError, first_line
-from dtrain.core.files import write_atomic
+from dtrain.core.files import read_tail, write_atomic
 from dtrain.core.log import say
-from dtrain.sweep.measure import ending, spent, tail
+from dtrain.sweep.measure import ending, spent
 from dtrain.sweep.recipes import TrialRecipes, shared_name, trial_name
 from dtrain.sweep.record import SeedRun, SweepDir, SweepRecord, Trial
 from dtrain.sweep.search import PruneJudge, Search
@@ -151,7 +151,7 @@ class Driver:
             if (code := self.runs.ended(run)) is None:
                 continue
             outcome, status, reason = ending(
-                self.folder.run(run.name), tail(self.folder.log(run.name)), code
+                self.folder.run(run.name), read_tail(self.folder.log(run.name)), code
             )
             if run.state == "stopping":
                 self._end(run, "pruned")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from dtrain.config.sweep import TRAINING
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import read_json
+from dtrain.core.output import printable
 from dtrain.core.run_dir import RunDir
 from dtrain.core.stage_dir import METRICS
 from dtrain.monitoring.file_types import EvaluationFile
@@ -26,7 +26,6 @@ CAUSES = {
     Exit.GATE_FAILED: "gate",
     Exit.CRASHED: "crashed",
 }
-LOG_TAIL_BYTES = 8192
 
 
 @dataclass(frozen=True)
@@ -106,23 +105,12 @@ def ending(run: RunDir, log_tail: str = "", status: int | None = None) -> tuple[
     line = lines[0] if not lines[0].startswith("Traceback") else lines[-1]
     cause = next((text for known, text in CAUSES.items() if known == code), "")
     prefix = "" if not cause or line.startswith(cause) else f"{cause}: "
-    return "failed", code, "".join(c if c.isprintable() else " " for c in prefix + line)
+    return "failed", code, printable(prefix + line)
 
 
 def _last_error(log: str) -> str:
     errors = [line for line in log.split("\n") if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ") if errors else ""
-
-
-def tail(path: Path) -> str:
-    """The end of a log; empty if there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - LOG_TAIL_BYTES))
-            return str(file.read().decode("utf-8", errors="replace"))
-    except OSError:
-        return ""
 
 
 def spent(run: RunDir) -> tuple[float, float]:

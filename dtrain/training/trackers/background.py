@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from math import isfinite
 from queue import Full, Queue
 from typing import Any, Protocol
 
 from dtrain.core.errors import first_line
 from dtrain.core.log import warn
 from dtrain.monitoring.alerts import Alert
+from dtrain.monitoring.metrics import is_number
 from dtrain.training.callbacks import Tracker
 
 QUEUE_RECORDS = 1000
@@ -92,6 +92,6 @@ def flat_numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     for name, value in metrics.items():
         if isinstance(value, dict):
             numbers |= flat_numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
+        elif is_number(value):
             numbers[f"{prefix}{name}"] = value
     return numbers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 import dtrain
 from dtrain.augmentation.request_pool import Journal
-from dtrain.core.files import json_lines, read_json_lines
+from dtrain.core.files import json_lines, read_json_lines, read_tail
 from dtrain.core.run_dir import RunDir
 from dtrain.monitoring.metrics import Metrics, read_metrics
 from dtrain.monitoring.starts import read_starts
@@ -84,3 +85,13 @@ def test_every_file_of_lines_keeps_such_names(
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, ensure_ascii=False) + "\n")
     assert [line["gpu"] for line in calibration.load_records()] == [NAME]
+
+
+def test_the_end_of_a_log_is_read_whatever_the_log_is(tmp_path: Path) -> None:
+    log, pipe = tmp_path / "log", tmp_path / "pipe"
+    assert read_tail(log) == ""
+    os.mkfifo(pipe)
+    assert read_tail(pipe) == read_tail(tmp_path) == ""
+    log.write_bytes(b"first\nsecond \xc3\xa9\nlast\n")
+    assert read_tail(log) == "first\nsecond \u00e9\nlast\n"
+    assert read_tail(log, 7) == "\ufffd\nlast\n"

@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from dtrain.monitoring.metrics import Metrics, read_metrics
+from dtrain.monitoring.metrics import Metrics, is_number, read_metrics
 
 
 def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
@@ -64,3 +64,9 @@ def test_invalid_lines_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('[1]\n"x"\n{"loss": 1}\n{"step": "1"}\n\n{"step": 3}\n')
     assert read_metrics(path) == [{"step": 3}]
+
+
+def test_a_number_is_what_a_float_can_be() -> None:
+    others = [math.nan, -math.inf, 10**400, True, "1", None, [1]]
+    assert [is_number(value) for value in (0, -1.5, 1e308, 10**300)] == [True] * 4
+    assert not any(map(is_number, others))
