@@ -10,7 +10,6 @@ FOLDER/augment.json     counts and cost
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from dtrain.augmentation.prompts import Mode, SourceRow, build_prompt, unsupport
 from dtrain.augmentation.reply_filter import GeneratedRow, Replies, filter_replies
 from dtrain.augmentation.request_pool import Journal, Request, RequestPool, SpendingLimits
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_sealed, write_atomic, write_json, write_sealed
+from dtrain.core.files import json_line, read_sealed, write_atomic, write_json, write_sealed
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.locks import FolderLock
 from dtrain.core.log import progress, say
@@ -166,7 +165,7 @@ def _write_rows(
     for generated in filter_replies(task.rows(), replies, task.mode):
         counts[generated.reason or "generated"] += 1
         lines = rejected if generated.reason else accepted
-        lines.append(_json_line(generated, model, task.mode))
+        lines.append(_row_line(generated, model, task.mode))
     task.source.check_unchanged()
     write_atomic(folder / GENERATED_FILE, "".join(accepted))
     write_atomic(folder / REJECTED_FILE, "".join(rejected))
@@ -174,12 +173,12 @@ def _write_rows(
     return {"counts": dict(sorted(counts.items())), "blake3": hashes}
 
 
-def _json_line(generated: GeneratedRow, model: str, mode: Mode) -> str:
+def _row_line(generated: GeneratedRow, model: str, mode: Mode) -> str:
     origin = {"model": model, "how": mode, "from": generated.row.location, "copy": generated.copy}
     line: dict[str, Any] = to_row(generated.row.value) | {"generated_by": origin}
     if generated.reason:
         line = {"reason": generated.reason, "note": generated.note, "row": line}
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    return json_line(line)
 
 
 def _usage_summary(pool: RequestPool, limits: SpendingLimits) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dtrain.augmentation.endpoint import Endpoint, RequestError, TokenUsage
 from dtrain.core.errors import UserError
-from dtrain.core.files import write_all
+from dtrain.core.files import json_line, write_all
 from dtrain.core.log import Meter
 from dtrain.core.ownership import open_in_place
 from dtrain.data.conversations import Messages
@@ -143,7 +143,7 @@ class Journal:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line; it is on disk when this returns."""
-        write_all(self._file, memoryview(json.dumps(line, ensure_ascii=False).encode() + b"\n"))
+        write_all(self._file, memoryview(json_line(line).encode()))
         os.fsync(self._file)
         if "failed" not in line:
             self.done.add(self.key_of(line))

@@ -76,7 +76,21 @@ def remove_entry(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by `value` as indented JSON; NaN and infinity are refused."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(path, json_text(value, allow_nan=False))
+
+
+def json_text(value: Any, *, allow_nan: bool = True) -> str:
+    """A JSON file's text, indented; NaN and infinity, which configs contain, as Python writes them.
+
+    Raises:
+        ValueError: without `allow_nan`, one of them is in `value`.
+    """
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
+
+
+def json_line(value: Any) -> str:
+    """A line of a file of JSON lines."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def open_file(path: Path) -> IO[bytes]:
@@ -251,7 +265,7 @@ def _contents(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def json_lines(text: str, kind: Any = Any) -> list[dict[str, Any]]:
+def parse_json_lines(text: str, kind: Any = Any) -> list[dict[str, Any]]:
     r"""The objects in JSON lines; lines that are none, such as one that was cut off, are skipped.
 
     Only \n ends a line: `str.splitlines` would also cut at U+2028 and others inside a string.
@@ -280,7 +294,7 @@ def read_json_lines(path: Path, kind: Any = Any) -> list[dict[str, Any]]:
         if isinstance(error.__cause__, FileNotFoundError):
             return []
         raise
-    return json_lines(data.decode(errors="replace"), kind)
+    return parse_json_lines(data.decode(errors="replace"), kind)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ FOLDER/clean.json        policy, counts, and a fingerprint of the output
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from typing import IO, Any
 
 from dtrain.config.data import Clean
 from dtrain.core.errors import UserError
-from dtrain.core.files import atomic_folder, write_json
+from dtrain.core.files import atomic_folder, json_line, write_json
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.data.conversations import Conversation, Preference
 from dtrain.data.formats import ORIGIN, RowContent, to_row
@@ -61,9 +60,9 @@ def clean(result: ScanResult, policy: Clean, folder: Path) -> dict[str, Any]:
                 counts.update([action, *reasons])
                 if action in (KEEP, MASK) and isinstance(item, Record):
                     value = mask_value(item.value) if action == MASK else item.value
-                    outputs[source].write(_json_line(to_row(value) | _origin(item)))
+                    outputs[source].write(json_line(to_row(value) | _origin(item)))
                 else:
-                    quarantine.write(_json_line(_removal(action, reasons, location, item)))
+                    quarantine.write(json_line(_removal(action, reasons, location, item)))
         for source_rows in result.sources:
             source_rows.check_unchanged()
         if sum(counts[action] for action in ACTIONS) != result.rows + counts[BROKEN]:
@@ -129,10 +128,6 @@ def _removal(
 
 def _origin(record: Record) -> dict[str, str]:
     return {ORIGIN: record.origin} if record.origin else {}
-
-
-def _json_line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def mask_value(value: RowContent) -> RowContent:

@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 from dtrain.config.data import Clean, Source
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_sealed, write_sealed
+from dtrain.core.files import json_line, read_sealed, write_sealed
 from dtrain.core.hashes import fingerprint
 from dtrain.data.duplicates import SHINGLE_CHARACTERS, normalize_text, shingle_hashes, text_key
 from dtrain.data.formats import to_row
@@ -199,8 +199,7 @@ class JsonLinesWriter(PipelineStep):
         if path not in self.files:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.files[path] = gzip.GzipFile(_partial_path(path), "wb", compresslevel=6, mtime=0)
-        text = json.dumps(self.to_line(document), ensure_ascii=False) + "\n"
-        self.files[path].write(text.encode())
+        self.files[path].write(json_line(self.to_line(document)).encode())
 
     def run(
         self, data: Iterable[Document], rank: int = 0, world_size: int = 1

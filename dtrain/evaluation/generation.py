@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
-from dtrain.core.files import write_atomic
+from dtrain.core.files import json_line, write_atomic
 from dtrain.core.log import progress, warn
 from dtrain.core.run_dir import RunDir
 from dtrain.data.chat_templates import answering_template
@@ -176,4 +176,4 @@ def _prediction_lines(
             "answer": answer,
             "scores": row_scores,
         }
-        yield json.dumps(line, ensure_ascii=False) + "\n"
+        yield json_line(line)

@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from dtrain.config.schema import Recipe
-from dtrain.core.files import json_lines, write_atomic
+from dtrain.core.files import parse_json_lines, write_atomic
 from dtrain.core.run_dir import RunDir
 from dtrain.launching import slurm
 from dtrain.launching.attempts import Attempt, read_attempts, write_attempts
@@ -85,7 +85,7 @@ def probe_nodes(
         text = output_of(command, NODES_SECONDS)
     finally:
         shutil.rmtree(meeting, ignore_errors=True)
-    return [report for report in json_lines(text) if "node" in report]
+    return [report for report in parse_json_lines(text) if "node" in report]
 
 
 def output_of(
@@ -151,7 +151,7 @@ def check_all_reduce(recipe: Recipe, allocation: slurm.Allocation) -> list[Fault
         worker="dtrain.distributed.all_reduce_check",
     )
     text = output_of(command, START_SECONDS, up='{"up"', up_seconds=RANKS_SECONDS)
-    results = json_lines(text)
+    results = parse_json_lines(text)
     speeds = next((r[_SPEEDS] for r in results if _SPEEDS in r), None)
     if speeds is None:
         return [Fault("", _silence(results, nodes))]

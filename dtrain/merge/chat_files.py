@@ -6,7 +6,6 @@ reads: chat_template.jinja, and generation_config.json with every token that end
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from dtrain.config.load import load_recipe
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import Stage
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json, read_object, read_text
+from dtrain.core.files import json_text, read_json, read_object, read_text
 from dtrain.core.log import say
 from dtrain.core.run_dir import RunDir
 from dtrain.core.weight_files import PROCESSOR_TEMPLATE, processor_template
@@ -113,12 +112,12 @@ def merged_chat_files(base: Path, files: dict[str, str]) -> dict[str, str]:
         return files
     result = dict(files)
     if (base / PROCESSOR_TEMPLATE).is_file():
-        result[PROCESSOR_TEMPLATE] = _as_text({"chat_template": files[CHAT_TEMPLATE]})
+        result[PROCESSOR_TEMPLATE] = json_text({"chat_template": files[CHAT_TEMPLATE]})
     path = base / TOKENIZER
     config = read_object(path) if path.is_file() else {}
     if "chat_template" in config:
         config.pop("chat_template")
-        result[TOKENIZER] = _as_text(config)
+        result[TOKENIZER] = json_text(config)
     return result
 
 
@@ -155,7 +154,7 @@ def generation_config(base: Path, stops: Sequence[StopCriterion]) -> str:
         config["eos_token_id"] = [*ends] if len(ends) > 1 else next(iter(ends))
     if texts:
         config["stop_strings"] = [*dict.fromkeys(texts)]
-    return _as_text(config)
+    return json_text(config)
 
 
 def _from_model_config(base: Path) -> dict[str, Any]:
@@ -167,7 +166,3 @@ def _from_model_config(base: Path) -> dict[str, Any]:
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _as_text(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import write_json
+from dtrain.core.files import json_text, write_json
 from dtrain.core.hardware import workers_that_fit
 from dtrain.core.hash_cache import file_state, lookup_hash, remember_hash
 from dtrain.core.hashes import file_hash, fingerprint
@@ -29,7 +29,7 @@ from dtrain.merge.base_tensors import (
 )
 from dtrain.merge.converted_changes import stored_changes
 from dtrain.merge.merge_inputs import MergeInput
-from dtrain.merge.merged_model import MergedModel, as_json
+from dtrain.merge.merged_model import MergedModel
 from dtrain.merge.provenance import combined_fingerprint
 from dtrain.merge.resumable_dir import ResumableDir
 from dtrain.merge.stream import AddedTensor, ChangeBlocks, rewrite_file
@@ -118,7 +118,7 @@ class MergeJob:
         pair = self.tensors.tied if any(item.change.unties for item in inputs) else None
         added, files = dict[str, AddedTensor](), dict(self.files)
         if pair:
-            files["config.json"] = as_json(untied_config(self.base))
+            files["config.json"] = json_text(untied_config(self.base))
             if name := pair.missing:
                 change = partial(_apply_all, inputs, name, FLOATS[self.tensors[pair.stored][0]])
                 added[name] = AddedTensor(self.tensors.files[pair.stored], change)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dtrain.core.coded_tensors import without_quantization
-from dtrain.core.files import read_object
+from dtrain.core.files import json_text, read_object
 from dtrain.core.log import say
 from dtrain.core.weight_files import INDEX, SINGLE, read_weight_map
 from dtrain.merge.base_tensors import BaseTensors
@@ -60,7 +60,7 @@ class MergedModel:
         }
         text = self.files.get("config.json")
         config = json.loads(text) if text else read_object(base.folder / "config.json")
-        files = {**self.files, "config.json": as_json(without_quantization(config))}
+        files = {**self.files, "config.json": json_text(without_quantization(config))}
         return MergedModel(
             changes, {**self.added, **added}, files, self.description, base.files.codes
         )
@@ -79,12 +79,7 @@ class MergedModel:
         for key, more in (("total_size", self.more_bytes), ("total_parameters", elements)):
             if isinstance(totals.get(key), int):
                 totals[key] += more
-        return replace(self, files={**self.files, INDEX: as_json(index)})
-
-
-def as_json(content: dict[str, Any]) -> str:
-    """The text of a JSON file."""
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        return replace(self, files={**self.files, INDEX: json_text(index)})
 
 
 def _unchanged(blocks: Iterator[Tensor]) -> Iterator[Tensor]:

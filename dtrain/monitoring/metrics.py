@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from dtrain.core.files import read_json_lines, write_atomic
+from dtrain.core.files import json_line, read_json_lines, write_atomic
 from dtrain.core.ownership import open_in_place
 from dtrain.monitoring.file_types import MetricsLine, NumberedLine
 
@@ -25,14 +24,14 @@ class Metrics:
         self.path = path
         lines = read_json_lines(path, NumberedLine)  # reports read less than what is kept
         kept = [line for line in lines if line["step"] <= resume_at]
-        write_atomic(path, "".join(_line(record) for record in kept))
+        write_atomic(path, "".join(json_line(finite(record)) for record in kept))
         handle = open_in_place(path, os.O_WRONLY | os.O_APPEND)
         self._file = open(handle, "w", encoding="utf-8")  # noqa: SIM115 - held until close()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append `record`, which names its `step`; NaN and infinity become null."""
         assert isinstance(record.get("step"), int), record
-        self._file.write(_line(record))
+        self._file.write(json_line(finite(record)))
         self._file.flush()
 
     def close(self) -> None:
@@ -43,10 +42,6 @@ class Metrics:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file; none if it is not there, and no broken ones."""
     return read_json_lines(path, MetricsLine)
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def is_number(value: object) -> TypeGuard[float]:

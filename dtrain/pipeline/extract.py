@@ -23,7 +23,7 @@ from typing import Any
 from dtrain.config.data import Clean, Source
 from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
-from dtrain.core.files import atomic_folder, read_json_lines, write_json
+from dtrain.core.files import atomic_folder, json_line, read_json_lines, write_json
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import say
 from dtrain.data.conversations import CALL_ROLES, ROLES
@@ -118,7 +118,7 @@ def _write_raw(
         for document, kind, row in rows:
             documents.setdefault(document, _hash_share(document))
             try:
-                files[kind].write(json.dumps([document, row], ensure_ascii=False) + "\n")
+                files[kind].write(json_line([document, row]))
             except UnicodeEncodeError:
                 result.left_out["rows with half a character (an unpaired surrogate)"] += 1
     held_out = {name for name, share in documents.items() if share < held_out_share}
@@ -143,7 +143,7 @@ def _split_raw(raw: Path, held_out: set[str]) -> None:
             for line in lines:
                 document, row = json.loads(line)
                 file = held if document in held_out else train
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json_line(row))
 
 
 def _write_clean(
@@ -178,7 +178,7 @@ def _append_left_out(target: Path, quarantine: Path, name: str) -> None:
     with open(target, "a", encoding="utf-8", newline="\n") as out:
         for line in read_json_lines(quarantine):
             kept = {key: value for key, value in line.items() if key != "location"}
-            out.write(json.dumps({"file": name, **kept}, ensure_ascii=False) + "\n")
+            out.write(json_line({"file": name, **kept}))
 
 
 def extract_chats(

@@ -7,12 +7,11 @@ learns something in ten steps.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from dtrain.core.files import write_atomic, write_json
+from dtrain.core.files import json_line, write_atomic, write_json
 
 T = TypeVar("T")
 
@@ -71,7 +70,7 @@ def task(index: int) -> dict[str, str]:
 
 def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
     """Write `rows` as JSON lines."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(path, "".join(map(json_line, rows)))
 
 
 def _sentence(*key: object) -> str:

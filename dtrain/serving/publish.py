@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from dtrain.config.schema import Stage
 from dtrain.core.addresses import without_folders
 from dtrain.core.errors import UserError, first_line
-from dtrain.core.files import read_json, read_sealed, read_text
+from dtrain.core.files import json_text, read_json, read_sealed, read_text
 from dtrain.core.folder_kind import FolderKind, folder_kind
 from dtrain.core.hashes import file_hash
 from dtrain.core.stage_dir import ADAPTER, MERGE_MANIFEST, StageDir
@@ -134,7 +133,7 @@ def _public_record(path: Path) -> bytes:
     content = without_folders(read_json(path))
     if path.name == CONFIG and is_local_base(path.parent):
         content["base_model_name_or_path"] = None
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return json_text(content).encode()
 
 
 def is_local_base(adapter: Path) -> bool:

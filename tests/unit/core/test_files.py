@@ -11,7 +11,7 @@ import pytest
 
 import dtrain
 from dtrain.augmentation.request_pool import Journal
-from dtrain.core.files import json_lines, read_json_lines, read_tail
+from dtrain.core.files import parse_json_lines, read_json_lines, read_tail
 from dtrain.core.run_dir import RunDir
 from dtrain.monitoring.metrics import Metrics, read_metrics
 from dtrain.monitoring.starts import read_starts
@@ -35,7 +35,7 @@ READERS_OF_OTHER_TEXT = {
 
 def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     text = json.dumps({"name": NAME}, ensure_ascii=False)
-    assert json_lines(f"{text}\n[1]\nno\n\n{text}\n{text[:-1]}") == [{"name": NAME}] * 2
+    assert parse_json_lines(f"{text}\n[1]\nno\n\n{text}\n{text[:-1]}") == [{"name": NAME}] * 2
     assert read_json_lines(tmp_path / "none") == []
 
 

@@ -13,7 +13,7 @@ from dtrain.config.yaml_document import parse_value, read_document
 from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
 from dtrain.core.file_types import Count, Number, check_type
-from dtrain.core.files import MAX_BYTES, json_lines, read_json, read_sealed, read_text
+from dtrain.core.files import MAX_BYTES, parse_json_lines, read_json, read_sealed, read_text
 from dtrain.core.weight_files import read_header
 from dtrain.launching.status import log_of, status
 from dtrain.merge.adapter_tensors import AdapterFile
@@ -40,7 +40,7 @@ def test_json_that_cannot_be_used_is_refused(tmp_path: Path, text: str, message:
     with pytest.raises(UserError, match=message) as caught:
         read_json(path)
     assert str(path) in str(caught.value)
-    assert json_lines(f'{text}\n{{"a": 1}}') == [{"a": 1}]
+    assert parse_json_lines(f'{text}\n{{"a": 1}}') == [{"a": 1}]
 
 
 def test_what_is_no_file_of_limited_size_is_not_read(tmp_path: Path) -> None:
