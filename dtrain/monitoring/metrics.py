@@ -46,8 +46,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value from a file is a number that a float can be; true and false are none."""
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and abs(value) <= sys.float_info.max  # not true for NaN
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # not true for NaN
 
 
 def finite(value: Any) -> Any:
