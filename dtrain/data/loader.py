@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dtrain.data.collate import CollatedBatch
 from dtrain.data.packed_dataset import BatchCounts, PackedDataset
 from dtrain.distributed.tensor_utils import send
 
@@ -60,6 +59,15 @@ class MicroBatch:
     document_ids: Int64s = field(default_factory=_empty)
     labels: Int64s = field(default_factory=_empty)
     target_weights: torch.Tensor | None = None
+
+    @property
+    def document_starts(self) -> Int64s:
+        """Position of the first token of each document, [D]."""
+        return np.cumsum([0, *self.document_lengths])[:-1]
+
+    def sequences_at(self, positions: Int64s) -> NDArray[np.intp]:
+        """Index in the micro-batch of the sequence of each of these token positions [n]."""
+        return np.cumsum(self.sequence_lengths).searchsorted(positions, side="right")
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the micro-batch with its tensors on `device`."""
@@ -141,8 +149,7 @@ class Loader:
         """Index of the source of each of these token positions [n] in a micro-batch of a step."""
         indices = np.array(batch.sequences, dtype=np.int64) - step * self.global_batch
         sources = self.dataset.sources_of(self.batch(step)[indices])
-        ends = np.cumsum(batch.sequence_lengths)
-        return sources[ends.searchsorted(positions, side="right")]
+        return sources[batch.sequences_at(positions)]
 
     def micro_batches(
         self, step: int, rank: int, ranks: int, micro_batch: int
@@ -172,7 +179,7 @@ class Loader:
             return _empty_micro_batch(position, alone=self.alone)
         collated = self.dataset.read(ids)
         assert len(collated.lengths) == 1 or not self.alone
-        return MicroBatch(
+        batch = MicroBatch(
             torch.from_numpy(collated.ids),
             None if self.alone else torch.from_numpy(collated.positions),
             torch.from_numpy(collated.target_positions),
@@ -183,15 +190,11 @@ class Loader:
             ids.tolist(),
             collated.documents,
             collated.labels,
-            self._target_weights(ids, collated),
         )
-
-    def _target_weights(self, ids: Int64s, collated: CollatedBatch) -> torch.Tensor | None:
         if not self.loss_weights.size:
-            return None
-        ends = np.cumsum(collated.sequence_tokens)
-        sequences = ends.searchsorted(collated.target_positions, side="right")
-        return torch.from_numpy(self.loss_weights[self.dataset.sources_of(ids)[sequences]])
+            return batch
+        sources = self.dataset.sources_of(ids)[batch.sequences_at(collated.target_positions)]
+        return replace(batch, target_weights=torch.from_numpy(self.loss_weights[sources]))
 
     def _existing(self, step: int) -> Int64s:
         ids = self.batch(step)

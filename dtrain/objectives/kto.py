@@ -95,8 +95,7 @@ class Kto(AnswerObjective):
         return weight * torch.sigmoid(signs * (rewards - self.beta * baseline))
 
     def item_positions(self, batch: MicroBatch) -> NDArray[np.int64]:
-        starts = np.cumsum([0, *batch.document_lengths])[:-1]
-        return starts[documents_labeled(batch, CHOSEN, REJECTED).cpu().numpy()]
+        return batch.document_starts[documents_labeled(batch, CHOSEN, REJECTED).cpu().numpy()]
 
     def metrics(self, sums: Mapping[str, float], weight: float) -> dict[str, float]:
         chosen = sums["rewards_chosen"] / max(1.0, sums["chosen"])

@@ -88,8 +88,7 @@ class PairObjective(AnswerObjective):
         return LossOutput(total, losses.numel(), losses.detach(), self._metric_sums(pairs))
 
     def item_positions(self, batch: MicroBatch) -> NDArray[np.int64]:
-        starts = np.cumsum([0, *batch.document_lengths])[:-1]
-        return starts[documents_labeled(batch, CHOSEN).cpu().numpy()]
+        return batch.document_starts[documents_labeled(batch, CHOSEN).cpu().numpy()]
 
     @abstractmethod
     def pair_losses(self, pairs: Pairs) -> Tensor:

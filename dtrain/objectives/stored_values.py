@@ -137,9 +137,8 @@ class StoredValues:
     def _rows_per_sequence(self, batch: MicroBatch) -> NDArray[np.int64]:
         positions = batch.target_positions.numpy()
         if self._per == "document":
-            positions = np.cumsum([0, *batch.document_lengths])[:-1]
-        sequences = np.cumsum(batch.sequence_lengths).searchsorted(positions, side="right")
-        return np.bincount(sequences, minlength=len(batch.sequence_lengths))
+            positions = batch.document_starts
+        return np.bincount(batch.sequences_at(positions), minlength=len(batch.sequence_lengths))
 
     def _write(self, content: bytes) -> None:
         path = self.folder / f"{blake3(content).hexdigest()}.safetensors"

@@ -76,7 +76,8 @@ def evaluate(engine: Engine, held_out: HeldOutSet) -> HeldOutResult:
                 sums[name] += float(output.metric_sums[name])
             positions = objective.item_positions(batch)
             losses = output.item_losses.double().cpu().numpy()
-            _add(blocks, _sequences_at(batch, positions) % blocks.shape[1], losses)
+            sequences = np.array(batch.sequences)[batch.sequences_at(positions)]
+            _add(blocks, sequences % blocks.shape[1], losses)
             _add(sources, loader.sources_at(step, batch, positions), losses)
     arrays = [*blocks.ravel().tolist(), *sources.ravel().tolist()]
     total, weight, *totals = world.sum([total, weight, *sums.values(), *arrays])
@@ -111,12 +112,6 @@ def _batches(engine: Engine, loader: Loader) -> Iterator[tuple[int, MicroBatch]]
     for step in range(loader.steps):
         for batch in loader.micro_batches(step, world.rank, world.size, micro_batch):
             yield step, batch
-
-
-def _sequences_at(batch: MicroBatch, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The sequence of each of these token positions [n] in a micro-batch."""
-    ends = np.cumsum(batch.sequence_lengths)
-    return np.array(batch.sequences)[ends.searchsorted(positions, side="right")]
 
 
 def _add(sums: NDArray[np.float64], groups: NDArray[np.int64], losses: NDArray[np.float64]) -> None:

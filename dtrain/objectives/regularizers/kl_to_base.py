@@ -60,8 +60,7 @@ class KlToBaseRegularizer(Regularized):
 
     def documents(self, batch: MicroBatch) -> Tensor:
         """Indices of the chosen documents of a micro-batch."""
-        starts = np.cumsum([0, *batch.document_lengths])[:-1]
-        sources = self.loader.sources_at(self.step(batch), batch, starts)
+        sources = self.loader.sources_at(self.step(batch), batch, batch.document_starts)
         replay = len(self.loader.source_names) - 1
         chosen = sources == replay if self.regularize.reads_replay else sources >= 0
         return torch.from_numpy(np.flatnonzero(chosen)).to(batch.targets.device)

@@ -205,6 +205,9 @@ def test_targets_follow_their_positions_within_a_document(prepared, write_rows) 
         assert len(batch.document_lengths) == loader.counts(step).examples
         restarts = torch.cat([torch.arange(n) for n in batch.document_lengths])
         assert torch.equal(batch.position_ids[0], restarts)
+        assert batch.document_starts.tolist() == (restarts == 0).nonzero()[:, 0].tolist()
+        sequences = np.repeat(np.arange(len(batch.sequences)), batch.sequence_lengths)
+        assert np.array_equal(batch.sequences_at(np.arange(ids.numel())), sequences)
         assert (batch.position_ids[0, batch.target_positions + 1] > 0).all()
         assert batch.targets.numel() == ids.numel() - len(batch.document_lengths)
 
