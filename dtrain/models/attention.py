@@ -88,6 +88,16 @@ class Documents:
             self._borders[device] = send(ends, device)
         return self._borders[device]
 
+    def flash_arguments(self, device: torch.device) -> dict[str, Any]:
+        """What transformers' flash attention takes, and otherwise computes in every layer."""
+        boundaries, longest = self.boundaries(device), max(self.lengths)
+        return {
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
     def __getitem__(self, index: Any) -> Tensor:
         """Index the equivalent mask of sdpa, bool [1, 1, T, T], on the CPU.
 

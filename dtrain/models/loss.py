@@ -213,14 +213,7 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
 
 
 def _flash_arguments(model: PreTrainedModel, micro_batch: PackedInputs) -> dict[str, Any]:
-    """Document boundaries for flash attention, which otherwise computes them in every layer."""
     if not str(model.config._attn_implementation).startswith("flash_attention"):
         return {}
-    lengths = micro_batch.document_lengths
-    boundaries = Documents(tuple(lengths), None).boundaries(micro_batch.input_ids.device)
-    return {
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
+    documents = Documents(tuple(micro_batch.document_lengths), None)
+    return documents.flash_arguments(micro_batch.input_ids.device)

@@ -102,7 +102,7 @@ class PromptedModel(nn.Module, BaseTunerLayer):
             positions = torch.cat([torch.arange(length) for length in longer])
             more["position_ids"] = send(positions, device).unsqueeze(0)
         if "cu_seq_lens_q" in more:
-            more |= _flash_arguments(longer, device)
+            more |= Documents(tuple(longer), None).flash_arguments(device)
         if self._takes_positions:
             more["logits_to_keep"] = wanted
         prefix = self._prefix(prompt, longer)
@@ -132,13 +132,6 @@ class PromptedModel(nn.Module, BaseTunerLayer):
         first = embedded.new_zeros(shape) if is_prefix else prompt.to(embedded.dtype)
         parts = [part for document in embedded.split(lengths) for part in (first, document)]
         return torch.cat(parts).unsqueeze(0)
-
-
-def _flash_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """Document boundaries for transformers' flash attention."""
-    boundaries = Documents(tuple(lengths), None).boundaries(device)
-    tensors = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), boundaries)
-    return tensors | dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
 
 
 def _real_tokens(lengths: Sequence[int], virtual: int, device: torch.device) -> Tensor:
