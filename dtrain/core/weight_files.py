@@ -37,6 +37,7 @@ ITEM_BYTES = {
 FLOATS = {  # with torch's names; smaller ones need scales
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"
 }  # fmt: skip
+PEFT_PREFIX = "base_model.model."  # of PEFT's names of layers and tensors, before the base's own
 EXPERT = re.compile(r"(.*\.experts)\.(\d{1,6})\.(.+)")  # layer, number, tensor of an expert
 _Size = Annotated[int, Field(ge=0, le=2**50)]
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dtrain.config.methods.patterns import match_names
 from dtrain.core.errors import Exit, UserError
+from dtrain.core.weight_files import PEFT_PREFIX
 from dtrain.distributed.tensor_utils import all_finite
-from dtrain.merge.adapter_tensors import PREFIX, AdapterFile, AdapterTensors, vera_as_lora
+from dtrain.merge.adapter_tensors import AdapterFile, AdapterTensors, vera_as_lora
 from dtrain.merge.base_tensors import FLOATS, BaseTensors, is_outside_layers
 from dtrain.merge.expert_delta import ExpertDelta
 from dtrain.merge.weight_delta import (
@@ -132,9 +133,9 @@ class MergeableAdapter:
             raise UserError("the adapter has no tensors", where=self.where)
         modules: dict[str, dict[str, str]] = {}
         for key in self.tensors.shapes:
-            if not key.startswith(PREFIX):
+            if not key.startswith(PEFT_PREFIX):
                 raise UserError(f"{key} does not belong to a PEFT adapter", where=self.where)
-            name = key.removeprefix(PREFIX)
+            name = key.removeprefix(PEFT_PREFIX)
             suffix = next((s for s in ROLES if name.endswith(s)), None)
             if suffix is not None:
                 modules.setdefault(name.removesuffix(suffix), {})[ROLES[suffix]] = key

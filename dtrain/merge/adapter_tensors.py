@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_hash, fingerprint
+from dtrain.core.weight_files import PEFT_PREFIX
 from dtrain.merge.base_tensors import BaseTensors
 from dtrain.models.peft_format import CONFIG, WEIGHTS, file_keys
 from dtrain.models.vera import projections
 
-PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 VECTORS = {LORA_A: ".vera_lambda_d", LORA_B: ".vera_lambda_b"}
 PROJECTIONS = {LORA_A: "base_model.vera_A", LORA_B: "base_model.vera_B"}
@@ -141,7 +141,7 @@ def vera_as_lora(
             raise UserError(f"{module} has only half of an adapter", where=where)
         if name == "vera_lambda_b":
             outputs = tensors.shapes[key][0]
-            stored = base.stored_name(f"{module.removeprefix(PREFIX)}.weight")
+            stored = base.stored_name(f"{module.removeprefix(PEFT_PREFIX)}.weight")
             sizes[module] = outputs, prod(base.shape_of(stored)[1]) // outputs if stored else 0
     lora = {"peft_type": "LORA", "lora_alpha": config["r"]}
     return config | lora, VeraTensors(config, tensors, sizes)

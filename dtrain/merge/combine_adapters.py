@@ -26,8 +26,9 @@ from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.log import progress
 from dtrain.core.run_dir import RunDir
 from dtrain.core.stage_dir import MERGE_MANIFEST, read_merge_manifest
+from dtrain.core.weight_files import PEFT_PREFIX
 from dtrain.distributed.tensor_utils import all_finite
-from dtrain.merge.adapter_tensors import PREFIX, AdapterFile
+from dtrain.merge.adapter_tensors import AdapterFile
 from dtrain.merge.weight_delta import check_config, layer_from_config
 from dtrain.models.peft_format import (
     CHAT_TEMPLATE,
@@ -182,14 +183,16 @@ def _read(folder: Path, config: dict[str, Any]) -> dict[str, Factors]:
     file = AdapterFile(folder)
     tensors = {key: file.get(key) for key in file.shapes}
     for key, tensor in tensors.items():
-        if not key.startswith(PREFIX) or not key.endswith((DOWN, UP)) or tensor.dim() != 2:
+        if not key.startswith(PEFT_PREFIX) or not key.endswith((DOWN, UP)) or tensor.dim() != 2:
             raise UserError(f"{key} does not belong to a plain LoRA adapter", where=str(folder))
         if not all_finite(tensor):
             raise UserError(f"{key} is not finite", where=str(folder), status=Exit.NON_FINITE)
     names = sorted({key.removesuffix(DOWN).removesuffix(UP) for key in tensors})
     if not names:
         raise UserError("the adapter has no tensors", where=str(folder))
-    return {name.removeprefix(PREFIX): _factors(tensors, name, folder, config) for name in names}
+    return {
+        name.removeprefix(PEFT_PREFIX): _factors(tensors, name, folder, config) for name in names
+    }
 
 
 def _factors(
@@ -198,10 +201,10 @@ def _factors(
     if name + DOWN not in tensors or name + UP not in tensors:
         raise UserError(f"{name} has only half of an adapter", where=str(folder))
     a, b = tensors[name + DOWN], tensors[name + UP]
-    layer = layer_from_config(config, name.removeprefix(PREFIX), {}, a.shape[0])
+    layer = layer_from_config(config, name.removeprefix(PEFT_PREFIX), {}, a.shape[0])
     if config.get("target_parameters") and a.shape[0] == b.shape[1] != layer.r:
         raise UserError(
-            f"{name.removeprefix(PREFIX)} is an adapter of experts, which are not combined",
+            f"{name.removeprefix(PEFT_PREFIX)} is an adapter of experts, which are not combined",
             where=str(folder),
             fix="merge them into their base: `dtrain merge BASE ADAPTER OUT`",
         )
@@ -253,8 +256,8 @@ def _named(layers: dict[str, Factors], rank: int) -> list[tuple[str, Tensor]]:
     named = []
     for name, (a, b) in layers.items():
         missing = rank - a.shape[0]
-        named.append((f"{PREFIX}{name}{DOWN}", pad(a, (0, 0, 0, missing)).contiguous()))
-        named.append((f"{PREFIX}{name}{UP}", pad(b, (0, missing)).contiguous()))
+        named.append((f"{PEFT_PREFIX}{name}{DOWN}", pad(a, (0, 0, 0, missing)).contiguous()))
+        named.append((f"{PEFT_PREFIX}{name}{UP}", pad(b, (0, missing)).contiguous()))
     return named
 
 

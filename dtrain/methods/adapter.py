@@ -23,6 +23,7 @@ from dtrain.config.methods import AdapterSettings
 from dtrain.config.methods.patterns import match_names
 from dtrain.core.errors import UserError
 from dtrain.core.log import say
+from dtrain.core.weight_files import PEFT_PREFIX
 from dtrain.methods.added import AddedMethod
 from dtrain.methods.base import summarize_names
 from dtrain.methods.saved_modules import (
@@ -263,7 +264,7 @@ def check_names(model: PeftModel) -> None:
     convert = transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
     loaded = convert(model, model.peft_config[ADAPTER], dict(saved), ADAPTER)
     if lost := sorted(saved.keys() - loaded.keys()):
-        layer = lost[0].partition(".lora_")[0].removeprefix("base_model.model.")
+        layer = lost[0].partition(".lora_")[0].removeprefix(PEFT_PREFIX)
         raise UserError(
             f"PEFT {peft_version} would lose the adapter of {layer}: it renames that layer",
             where="method.target_modules",

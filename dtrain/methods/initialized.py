@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import fingerprint
+from dtrain.core.weight_files import PEFT_PREFIX
 from dtrain.methods.adapter import ADAPTER
 from dtrain.methods.base import MethodContext
 from dtrain.methods.factor_store import Factors, FactorStore
@@ -145,7 +146,7 @@ class InitializedLora(LoraMethod):
         assert bool(self._first) == self.traits.counts_from_start
         saved = super().saved_tensors(model, tensors)
         for name, (a, b) in self._first.items():
-            key_a, key_b = (f"{_PREFIX}{name}.lora_{factor}.weight" for factor in "AB")
+            key_a, key_b = (f"{PEFT_PREFIX}{name}.lora_{factor}.weight" for factor in "AB")
             saved[key_a] = torch.cat([saved[key_a], a.to(saved[key_a].device)])
             saved[key_b] = torch.cat([saved[key_b], -b.to(saved[key_b].device)], dim=1)
         return saved
@@ -158,9 +159,6 @@ class InitializedLora(LoraMethod):
             for key in ("rank_pattern", "alpha_pattern"):
                 config[key] = {pattern: 2 * value for pattern, value in config[key].items()}
         return config
-
-
-_PREFIX = "base_model.model."
 
 
 @torch.no_grad()
@@ -176,7 +174,7 @@ def _start_at(module: Any, a: Tensor, b: Tensor) -> None:
 def _layers(model: nn.Module) -> dict[str, Any]:
     """The adapted layers, by their names in the base."""
     return {
-        name.removeprefix(_PREFIX): module
+        name.removeprefix(PEFT_PREFIX): module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dtrain.core.errors import UserError
+from dtrain.core.weight_files import PEFT_PREFIX
 from dtrain.models.kernels import native
 from dtrain.models.meta_model import TOKENS, MetaValueDefaults, forward_meta, linear_layers
 
@@ -172,7 +173,7 @@ def key_dropouts(model: nn.Module, described: PreTrainedModel) -> list[str]:
             for adapter, dropout in list(dropouts.named_children()):
                 if not isinstance(dropouts, nn.ModuleDict) or not isinstance(dropout, nn.Dropout):
                     continue
-                base_name = name.removeprefix("base_model.model.")
+                base_name = name.removeprefix(PEFT_PREFIX)
                 if base_name in uneven:
                     dropouts[adapter] = nn.Identity()
                     without.append(base_name)

@@ -9,6 +9,7 @@ from dtrain.config.methods.patterns import check_parameter_patterns
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.check_report import CheckReport
 from dtrain.core.errors import UserError
+from dtrain.core.weight_files import PEFT_PREFIX
 from dtrain.planning.shapes import LinearShape, ModelShape, layer_names, select_linears
 from dtrain.planning.whole_modules import HEAD_NORMS, NORMS_OF_A_LAYER, select_modules
 
@@ -91,7 +92,7 @@ def _check_adapter(adapter: AdapterSettings, shape: ModelShape) -> list[str]:
 def _lora_parameters(method: Lora, layers: Iterable[str]) -> Iterator[str]:
     leaves = ["lora_A", "lora_B", *(["lora_magnitude_vector"] if method.has_magnitude else [])]
     for layer in layers:
-        yield from (f"base_model.model.{layer}.{leaf}.default.weight" for leaf in leaves)
+        yield from (f"{PEFT_PREFIX}{layer}.{leaf}.default.weight" for leaf in leaves)
 
 
 def _copies(method: Lora, shape: ModelShape) -> Iterator[str]:
@@ -99,14 +100,14 @@ def _copies(method: Lora, shape: ModelShape) -> Iterator[str]:
     for parameter in _parameters(shape):
         module, _, leaf = parameter.rpartition(".")
         if _ending([module], method.whole_modules):
-            yield f"base_model.model.{module}.modules_to_save.default.{leaf}"
+            yield f"{PEFT_PREFIX}{module}.modules_to_save.default.{leaf}"
 
 
 def _token_rows(method: Lora, shape: ModelShape) -> Iterator[str]:
     """The names of the rows of new tokens, where no whole matrix trains."""
     for module in ("model.embed_tokens", *(() if shape.tied else ("lm_head",))):
         if not _ending([module], method.whole_modules):
-            yield f"base_model.model.{module}.token_adapter.trainable_tokens_delta.default"
+            yield f"{PEFT_PREFIX}{module}.token_adapter.trainable_tokens_delta.default"
 
 
 def _check_full(method: Full, shape: ModelShape) -> list[str]:

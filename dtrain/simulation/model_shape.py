@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
+from dtrain.core.weight_files import PEFT_PREFIX
 from dtrain.methods.base import build_method
 from dtrain.models.by_document import has_state
 from dtrain.models.decoder_layers import decoder_layers
@@ -83,7 +84,7 @@ class _Description:
         self._packable = packable_layers(model).keys()
         adapted = build_method(Lora(kind="lora", r=1)).attach(model, seed=0, device=device("meta"))
         self._adapted = {
-            name.removeprefix("base_model.model.")
+            name.removeprefix(PEFT_PREFIX)
             for name, module in adapted.named_modules()
             if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
         }
