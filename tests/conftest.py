@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import subprocess
@@ -76,6 +77,19 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def weights() -> Callable[[Path], str]:
+    """SHA-256 of the adapters and models of a run folder."""
+
+    def digest(folder: Path) -> str:
+        hasher = hashlib.sha256()
+        for path in sorted(folder.glob("*/[am]*/*.safetensors")):
+            hasher.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+        return hasher.hexdigest()
+
+    return digest
 
 
 TEXT = {

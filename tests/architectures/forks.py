@@ -9,7 +9,6 @@ import os
 import pickle
 import select
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -17,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dtrain.launching.network import free_port
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: no fork inherits its pool of threads
 CRASHED, TIMED_OUT = 1, -signal.SIGKILL
@@ -96,13 +97,6 @@ def start_ranks(work: Callable[[], int], ranks: int, log: Path) -> list[Child]:
         )
         for rank in range(ranks)
     ]
-
-
-def free_port() -> int:
-    """A free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def last_line(log: Path) -> str:

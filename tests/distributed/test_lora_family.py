@@ -1,16 +1,12 @@
 """DoRA with a learning rate of B of its own: a golden file for every engine, as of LoRA.
 
-To write it again: `DTRAIN_WRITE_GOLDEN=1 pytest tests/distributed/test_lora_family.py -k writes`.
+To write it again: `DTRAIN_WRITE_GOLDEN=1 pytest tests/distributed/test_lora_family.py -k ddp`.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tiny-dora.txt"
 METHOD = [
     f"stages.{stage}.{setting}"
     for stage in ("domain", "task")
@@ -21,12 +17,6 @@ METHOD = [
     )
 ]
 MICRO = [f"stages.{stage}.train.micro_batch_size=2" for stage in ("domain", "task")]
-
-
-@pytest.mark.skipif("DTRAIN_WRITE_GOLDEN" not in os.environ, reason="writes the golden file")
-def test_writes_golden(start_ranks) -> None:
-    run = start_ranks("engine.kind=ddp", *METHOD, ranks=1).wait(0)
-    GOLDEN.write_text("\n".join(run.losses()) + "\n")
 
 
 @pytest.mark.parametrize(

@@ -14,31 +14,11 @@ from typing import Any
 
 import pytest
 
+from tests.preference_rows import preference_rows
+
 PAIRS, PACKED_SEQUENCES = 24, 11
 FULL = {"kind": "full"}
 Start = Callable[..., Any]
-
-
-def pair_rows() -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": f"What is number {n}{' in words' * (n % 4)}?",
-            "chosen": f"It is {n} {'and more ' * (n % 5)}",
-            "rejected": "I do not know " * (1 + n % 3),
-        }
-        for n in range(PAIRS)
-    ]
-
-
-def rated_rows() -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": row["prompt"],
-            "completion": row["chosen" if n % 3 else "rejected"],
-            "label": n % 3 > 0,
-        }
-        for n, row in enumerate(pair_rows())
-    ]
 
 
 @pytest.fixture
@@ -53,7 +33,7 @@ def start_pairs(start_stage, write_rows) -> Start:
         method: dict[str, Any] | None = None,
         **more: Any,
     ) -> Any:
-        rows = rated_rows() if kind == "kto" else pair_rows()
+        rows = preference_rows(kind, PAIRS)
         sources = [{"path": write_rows(f"{kind}.jsonl", rows)}]
         stage = {
             "kind": kind,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -320,16 +318,9 @@ def test_engines_agree_on_one_rank(train, figures) -> None:
         assert worst < 3e-2, losses
 
 
-def weights(folder: Path) -> str:
-    hasher = hashlib.sha256()
-    for path in sorted(folder.glob("*/[am]*/*.safetensors")):
-        hasher.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return hasher.hexdigest()
-
-
 @pytest.mark.whole_run
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
-def test_resumed_run_ends_with_the_same_weights(train, engine) -> None:
+def test_resumed_run_ends_with_the_same_weights(train, weights, engine) -> None:
     settings = [*TINY_16, f"engine.kind={engine}"]
     whole = train("tiny", *settings, folder="whole")
     train("tiny", *settings, env=STOP_AT_ONCE, expect=75)
@@ -348,7 +339,7 @@ def test_eight_bit_optimizers_train(train, optimizer) -> None:
 
 
 @pytest.mark.whole_run
-def test_strict_runs_are_bitwise_reproducible(train) -> None:
+def test_strict_runs_are_bitwise_reproducible(train, weights) -> None:
     settings = [*TINY_16, "engine.kind=ddp", "determinism=strict"]
     once, again = (train("tiny", *settings, folder=name).folder for name in ("once", "again"))
     assert weights(once) == weights(again)

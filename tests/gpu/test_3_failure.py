@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import time
@@ -14,13 +13,6 @@ import torch
 QLORA = ["stages.domain.method={kind: qlora, r: 8}", "stages.task.method={kind: qlora, r: 4}"]
 TINY = ["model.dtype=bfloat16", "evaluation.generation={}"]
 EVERY_STEP = [f"stages.{stage}.train.checkpoint_every_steps=1" for stage in ("domain", "task")]
-
-
-def weights(folder: Path) -> str:
-    hasher = hashlib.sha256()
-    for path in sorted(folder.glob("*/[am]*/*.safetensors")):
-        hasher.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return hasher.hexdigest()
 
 
 def wait_for(path: Path, process, seconds: float = 120) -> None:
@@ -46,7 +38,7 @@ def test_out_of_memory_exits_with_status_4(train, large_base, long_texts) -> Non
 
 
 @pytest.mark.whole_run
-def test_signal_in_a_step_saves_and_the_next_start_resumes(start, train) -> None:
+def test_signal_in_a_step_saves_and_the_next_start_resumes(start, train, weights) -> None:
     whole = train("tiny", *TINY, *EVERY_STEP, folder="whole")
     process, folder, log = start("tiny", *TINY, *EVERY_STEP)
     wait_for(folder / "domain" / "checkpoints" / "step-000002", process)
@@ -57,7 +49,7 @@ def test_signal_in_a_step_saves_and_the_next_start_resumes(start, train) -> None
 
 @pytest.mark.whole_run
 @pytest.mark.parametrize("moment", ["step", "save"])
-def test_killed_run_resumes_to_the_same_weights(start, train, moment) -> None:
+def test_killed_run_resumes_to_the_same_weights(start, train, weights, moment) -> None:
     whole = train("tiny", *TINY, *EVERY_STEP, folder="whole")
     process, folder, _ = start("tiny", *TINY, *EVERY_STEP)
     checkpoints = folder / "domain" / "checkpoints"

@@ -30,6 +30,7 @@ from dtrain.models.hub import base_folder
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from dtrain.objectives.base import objective_class
 from dtrain.objectives.preference import Pairs
+from tests.preference_rows import preference_rows
 
 ROOT = Path(__file__).parents[2]
 STEPS, BATCH, MICRO = 5, 4, 2
@@ -148,29 +149,6 @@ STAGE = (
 LORA, FULL = "{kind: lora, r: 4, dropout: 0.0}", "{kind: full}"
 
 
-def pair_rows() -> list[dict[str, Any]]:
-    """Pairs of many lengths."""
-    return [
-        {
-            "prompt": f"What is number {n}{' in words' * (n % 4)}?",
-            "chosen": f"It is {n} {'and more ' * (n % 5)}",
-            "rejected": "I do not know " * (1 + n % 3),
-        }
-        for n in range(STEPS * BATCH)
-    ]
-
-
-def rated_rows() -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": row["prompt"],
-            "completion": row["chosen" if n % 3 else "rejected"],
-            "label": n % 3 > 0,
-        }
-        for n, row in enumerate(pair_rows())
-    ]
-
-
 @pytest.fixture
 def run(tmp_path: Path, write_rows) -> Callable[..., tuple[Recipe, list[dict[str, Any]]]]:
     """run(kind, …) → recipe and steps of a finished run of one preference stage."""
@@ -178,7 +156,7 @@ def run(tmp_path: Path, write_rows) -> Callable[..., tuple[Recipe, list[dict[str
     def start(
         kind: str, *, micro: int, method: str = LORA, rate: float = 0.003
     ) -> tuple[Recipe, list[dict[str, Any]]]:
-        rows = rated_rows() if kind == "kto" else pair_rows()
+        rows = preference_rows(kind, STEPS * BATCH)
         stage, values = STAGE, {"KIND": kind, "METHOD": method, "MICRO": micro, "RATE": rate}
         for name, value in {**values, "PATH": write_rows("rows.jsonl", rows)}.items():
             stage = stage.replace(name, str(value))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import httpx2
@@ -16,6 +14,7 @@ import pytest
 import torch
 
 from dtrain.config.schema import Model
+from dtrain.launching.network import free_port
 from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.merge import MergeJob
 from dtrain.merge.merge_inputs import adapter_input
@@ -25,11 +24,6 @@ from dtrain.serving.run_models import ServedModel
 
 TALK = [{"role": "user", "content": "What is a number?"}]
 START_SECONDS = 180
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return int(server.getsockname()[1])
 
 
 def is_up(address: str) -> bool:
