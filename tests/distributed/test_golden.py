@@ -37,7 +37,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks(start_ranks, engine, method):
+def test_every_engine_gives_the_golden_losses_on_two_ranks(start_ranks, engine, method):
     overrides = [f"engine.kind={engine}", *METHODS[method]]
     run = start_ranks(*overrides, evaluates=method == "lora").wait(0)
     run.assert_golden(method)

@@ -45,7 +45,9 @@ def train(start_ranks: Any, engine: str, ranks: int, micro: int) -> list[dict[st
 @pytest.mark.parametrize(
     ("engine", "ranks", "micro"), [("ddp", 1, 2), ("fsdp2", 2, 2), ("zero2", 2, 1), ("zero3", 2, 1)]
 )
-def test_losses(start_ranks: Any, engine: str, ranks: int, micro: int) -> None:
+def test_engine_ranks_and_micro_batch_change_no_loss_or_gradient_norm(
+    start_ranks: Any, engine: str, ranks: int, micro: int
+) -> None:
     steps = train(start_ranks, engine, ranks, micro)
     if "DTRAIN_WRITE_GOLDEN" in os.environ:
         lines = [f"{step['loss']:.6f} {step['grad_norm']:.6f}" for step in steps]

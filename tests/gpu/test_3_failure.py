@@ -74,7 +74,7 @@ def test_two_qlora_stages_and_their_merges(train) -> None:
 
 
 @pytest.mark.whole_run
-def test_offload_trains(train) -> None:
+def test_offload_does_not_change_the_losses(train) -> None:
     run = train("tiny", *TINY, "engine={kind: zero3, offload: true}")
     kept = train("tiny", *TINY, "engine={kind: zero3}", folder="kept")
     assert run.losses("domain") == pytest.approx(kept.losses("domain"), abs=3e-2)

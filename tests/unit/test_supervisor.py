@@ -62,8 +62,21 @@ class Job:
 
     def wait_for(self, name: str) -> None:
         """Wait until one of the commands has left a file."""
+        self._wait_until((self.fake / name).exists)
+
+    def terminate(self) -> None:
+        """Send SIGTERM, and wait until it was delivered."""
+        self.process.terminate()
+        self._wait_until(lambda: not self._has_pending(signal.SIGTERM))
+
+    def _has_pending(self, number: int) -> bool:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        pending = status.partition("ShdPnd:")[2].split()[0]
+        return bool(int(pending, 16) >> (number - 1) & 1)
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + SECONDS
-        while not (self.fake / name).exists():
+        while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log()
             time.sleep(0.02)
 
@@ -119,8 +132,7 @@ def test_sigterm_does_not_end_the_wait_for_the_ranks(start) -> None:
     job = start()
     job.wait_for("training")
     for _ in range(3):
-        job.process.terminate()
-        time.sleep(0.1)
+        job.terminate()
     (job.fake / "finish").write_text("0")
     log = job.log()
     assert job.process.returncode == 0, log

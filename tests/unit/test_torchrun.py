@@ -159,7 +159,7 @@ def test_hostile_names_remain_one_argument() -> None:
     assert torchrun_command(Path(name), 2, ["--x y"])[-3:] == [name, "--allow-change", "--x y"]
 
 
-def test_worker_environment() -> None:
+def test_worker_environment_sets_threads_and_caches_unless_they_are_set() -> None:
     environment = worker_environment({}, 10**6, has_gpu=False)
     assert environment["OMP_NUM_THREADS"] == "1" and environment["DS_ACCELERATOR"] == "cpu"
     assert "DS_ACCELERATOR" not in worker_environment({}, 1, has_gpu=True)

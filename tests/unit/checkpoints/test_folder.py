@@ -101,7 +101,7 @@ LOSSES = {1: 4.0, 2: 2.0, 3: 2.0, 4: None, 5: 3.0, 6: 2.5}
         (9, True, 1, [1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_retention(
+def test_newest_best_and_every_nth_checkpoint_are_kept(
     kit: Any, tmp_path: Path, newest: int, best: bool, every: int | None, kept: list[int]
 ) -> None:
     for step, loss in LOSSES.items():

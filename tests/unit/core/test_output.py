@@ -42,7 +42,7 @@ def lost(tmp_path: Path, options: list[str], end: Callable[[], None], output: in
 
 
 @pytest.mark.parametrize("options", [[], UNBUFFERED])
-def test_closed_terminal(tmp_path: Path, options: list[str]) -> None:
+def test_closed_terminal_is_no_error(tmp_path: Path, options: list[str]) -> None:
     outer, inner = pty.openpty()
 
     def close() -> None:
@@ -54,7 +54,7 @@ def test_closed_terminal(tmp_path: Path, options: list[str]) -> None:
 
 
 @pytest.mark.parametrize("options", [[], UNBUFFERED])
-def test_dead_reader(tmp_path: Path, options: list[str]) -> None:
+def test_dead_reader_is_no_error(tmp_path: Path, options: list[str]) -> None:
     reader, writer = os.pipe()
 
     def close() -> None:

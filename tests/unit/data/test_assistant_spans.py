@@ -115,7 +115,7 @@ def test_current_date_is_not_rendered(make_tokenizer) -> None:
     assert template.text == dated
 
 
-def test_instruction_template(make_tokenizer) -> None:
+def test_instruction_template_trains_responses_and_their_ends(make_tokenizer) -> None:
     template = resolve_template("instruction", make_tokenizer(None))
     row = [
         {"role": "user", "content": "Add.\n\n1 1", "instruction": "Add.", "input": "1 1"},

@@ -109,7 +109,7 @@ def test_rows_of_code(tmp_path) -> None:
     }
 
 
-def test_module_names(tmp_path) -> None:
+def test_modules_are_named_as_they_are_imported(tmp_path) -> None:
     for name in ("site/pack/__init__.py", "site/pack/sub/__init__.py", "site/pack/sub/mod.py"):
         write(tmp_path / name, "")
     tool = write(tmp_path / "scripts" / "tool.py", "")

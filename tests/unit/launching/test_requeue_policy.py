@@ -71,7 +71,7 @@ SHOWN = """JobId=7 JobName=JobState=CANCELLED
         ({"tries": 100, "reported": 75, "is_warned": True}, "stop", "failed"),
     ],
 )
-def test_decision(change, action, outcome):
+def test_a_job_is_requeued_only_if_another_attempt_can_help(change, action, outcome):
     decision = decide(replace(CRASH, **change), RetryLimits())
     assert (decision.action, decision.outcome) == (action, outcome)
     assert (decision.status == 0) == (action == "over")

@@ -61,7 +61,7 @@ def test_base_is_complete_frozen_and_without_cache_or_dropout(folder: Path) -> N
     assert torch.equal(logits(model, True), logits(model, True))  # its own dropout is off
 
 
-def test_dtypes() -> None:
+def test_auto_is_bfloat16_on_a_gpu_and_float32_on_a_cpu() -> None:
     assert resolve_dtype("auto", CPU) == torch.float32
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert resolve_dtype("bfloat16", CPU) == torch.bfloat16

@@ -33,7 +33,7 @@ def test_a_product_is_rounded_before_the_sum(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_rounding(dtype: torch.dtype) -> None:
+def test_every_finite_value_is_rounded_as_torch_does(dtype: torch.dtype) -> None:
     anything = torch.randint(-(2**31), 2**31 - 1, (200_001,)).int().view(torch.float32)
     finite = anything[anything.to(dtype).isfinite()]
     rounded = torch.empty(len(finite), dtype=dtype)
