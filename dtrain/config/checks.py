@@ -23,10 +23,10 @@ from dtrain.config.train_checks import check_train
 from dtrain.config.yaml_document import Key
 from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError, UserErrors
+from dtrain.core.run_dir import BASE_MODEL
 from dtrain.core.run_dir import RESERVED_NAMES as RUN_FILES
 
-# "base" is the untrained model in tables of losses.
-RESERVED_NAMES = RUN_FILES | {"base"}
+RESERVED_NAMES = RUN_FILES | {BASE_MODEL}  # of stages
 
 
 CHOSEN_BY_AUTO = ("strict", "whole_parameters")

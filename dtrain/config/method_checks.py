@@ -12,6 +12,7 @@ from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
 from dtrain.config.yaml_document import Key
 from dtrain.core.errors import UserError
+from dtrain.core.run_dir import BASE_MODEL
 
 
 def check_method(recipe: Recipe, stage: Stage, at: Key) -> Iterator[Clash]:
@@ -65,7 +66,7 @@ def check_adapters(recipe: Recipe) -> Iterator[Clash]:
     for number in numbers:
         stage, at = recipe.stages[number], ("stages", number)
         name = str(stage.adapter_name)
-        if name in names or name == "base" or name in seen:
+        if name in names or name == BASE_MODEL or name in seen:
             yield Clash(
                 [(*at, "adapter_name")], f"{name} names something else too", "choose another"
             )

@@ -44,6 +44,7 @@ REFUSED = "refused.json"
 STOP = "stop"
 SLURM = "slurm"
 HEARTBEATS = ".watch"
+BASE_MODEL = "base"  # the name, next to those of stages, of the model before all of them
 # Names that a stage cannot have.
 RESERVED_NAMES = frozenset(
     {
@@ -193,7 +194,7 @@ class RunDir:
     def data_like_files(self, stages: Iterable[str]) -> list[Path]:
         """Files of the run, written or not yet, that the reader of rows would take for data."""
         files = [self.starts, self.lineage, self.evaluation, self.exit_report, self.judge_replies]
-        files += [self.predictions("base"), self.attempts]
+        files += [self.predictions(BASE_MODEL), self.attempts]
         for stage in map(self.stage, stages):
             files += [stage.record, stage.metrics, stage.merge_manifest]
             files += [stage.adapter / ADAPTER_CONFIG, self.predictions(stage.path.name)]

@@ -7,6 +7,7 @@ from typing import Any
 from dtrain.config.gates import Gate
 from dtrain.core.errors import Exit, UserError, UserErrors
 from dtrain.core.log import warn
+from dtrain.core.run_dir import BASE_MODEL
 from dtrain.monitoring.run_record import HeldOutLosses
 from dtrain.monitoring.scores import get_score, metrics_of
 from dtrain.monitoring.uncertainty import CERTAIN
@@ -35,9 +36,9 @@ def check_gates(gates: dict[str, Gate], known: dict[str, Any], model: str) -> No
 
 def _failure(name: str, gate: Gate, known: dict[str, Any], model: str) -> UserError | None:
     where, metric = f"evaluation.gates.{name}", gate.metric or _default_metric(known, name)
-    before, after = (_measured(known, name, metric, m) for m in ("base", model))
+    before, after = (_measured(known, name, metric, m) for m in (BASE_MODEL, model))
     if before is None or after is None:
-        missing = "base" if before is None else model
+        missing = BASE_MODEL if before is None else model
         fix = _metric_names(known, name) or "start the run in a new folder"
         if metric in metrics_of(known, name):  # measured once, so that it failed this time
             fix = "the warning above says why; the same command measures it again"
@@ -75,7 +76,7 @@ def _standard_error(known: dict[str, Any], name: str, metric: str, model: str) -
     """Standard error of the change from the base, if it is known."""
     if metric == "loss" and name in known["losses"]:
         return HeldOutLosses.of(name, known).standard_error(model)
-    before, after = (get_score(known, m, name, metric) for m in ("base", model))
+    before, after = (get_score(known, m, name, metric) for m in (BASE_MODEL, model))
     return after.stderr_of_change(before) if before and after else None
 
 
@@ -83,5 +84,5 @@ def _metric_names(known: dict[str, Any], name: str) -> str:
     """What the set or task reports, for an unknown metric."""
     if scored := metrics_of(known, name):
         return f"metric={' or '.join(scored)}"
-    measured = known.get("metrics", {}).get(name, {}).get("base", {})
+    measured = known.get("metrics", {}).get(name, {}).get(BASE_MODEL, {})
     return f"metric={' or '.join(['loss', *measured])}" if measured else ""

@@ -14,7 +14,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.file_types import check_type
 from dtrain.core.files import parse_json, read_json_lines, read_text
 from dtrain.core.output import printable
-from dtrain.core.run_dir import EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
+from dtrain.core.run_dir import BASE_MODEL, EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
 from dtrain.monitoring.alerts import find_alerts
 from dtrain.monitoring.file_types import EvaluationFile, Lineage, Prediction, RecipeValues
 from dtrain.monitoring.metrics import read_metrics
@@ -49,9 +49,10 @@ class HeldOutLosses:
 
     def standard_error(self, model: str) -> float | None:
         """Standard error of a model's loss minus the base's; None if it cannot be known."""
-        if not {"base", model, "items"} <= self.blocks.keys():
+        names = BASE_MODEL, model, "items"
+        if not {*names} <= self.blocks.keys():
             return None
-        return paired_standard_error(self.blocks["base"], self.blocks[model], self.blocks["items"])
+        return paired_standard_error(*(self.blocks[name] for name in names))
 
     @property
     def last(self) -> float | None:
@@ -66,15 +67,15 @@ class HeldOutLosses:
 
     def difference(self, model: str) -> float | None:
         """A model's loss minus the base model's."""
-        base, value = self.values.get("base"), self.values.get(model)
-        if base is None or value is None or model == "base":
+        base, value = self.values.get(BASE_MODEL), self.values.get(model)
+        if base is None or value is None or model == BASE_MODEL:
             return None
         return value - base
 
     @property
     def percent(self) -> float | None:
         """The change in percent of the base model's loss."""
-        base = self.values.get("base")
+        base = self.values.get(BASE_MODEL)
         return 100 * self.change / base if self.change is not None and base else None
 
 

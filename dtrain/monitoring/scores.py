@@ -15,6 +15,7 @@ from math import hypot, isfinite, nan, sqrt
 from typing import Any
 
 from dtrain.core.lazy_import import LazyModule
+from dtrain.core.run_dir import BASE_MODEL
 from dtrain.monitoring.uncertainty import CERTAIN, paired_standard_error
 
 np: Any = LazyModule("numpy")  # `dtrain check` reads this module without it
@@ -193,7 +194,7 @@ class ScoreRow:
     @property
     def base(self) -> Score | None:
         """The base model's score."""
-        return self.scores[0] if self.models[:1] == ["base"] else None
+        return self.scores[0] if self.models[:1] == [BASE_MODEL] else None
 
     @property
     def last(self) -> Score | None:

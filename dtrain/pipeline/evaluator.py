@@ -12,7 +12,7 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.files import read_json, write_json
 from dtrain.core.hashes import fingerprint
 from dtrain.core.log import progress, say
-from dtrain.core.run_dir import RunDir
+from dtrain.core.run_dir import BASE_MODEL, RunDir
 from dtrain.data.loader import Loader
 from dtrain.data.packed_dataset import PackedDataset
 from dtrain.distributed.world import World
@@ -27,7 +27,6 @@ from dtrain.objectives.base import adapters_disabled, build_objective
 from dtrain.pipeline.teachers import TeacherModels
 from dtrain.training.held_out import HeldOutResult, HeldOutSet, check_maximized, evaluate
 
-BASE = "base"
 BY_MODEL = {
     "losses",
     "blocks",
@@ -80,7 +79,7 @@ class Evaluations:
         known = read_json(path, EvaluationFile) if stages and path.exists() else {}
         if self.known["models"] or known.get("sets") != self.known["sets"]:
             return
-        kept = [model for model in known["models"] if model in (BASE, *stages)]
+        kept = [model for model in known["models"] if model in (BASE_MODEL, *stages)]
         self.known["models"] = kept
         for key in BY_MODEL & known.keys():
             self.known[key] = {
@@ -91,9 +90,9 @@ class Evaluations:
 
     def wants_base(self) -> bool:
         """Whether the untrained base is still to be measured."""
-        scored = self.known.get(SCORES, {}).get(BASE, {})
+        scored = self.known.get(SCORES, {}).get(BASE_MODEL, {})
         lacks_scores = any(name not in scored for name in self.inputs)
-        return lacks_scores or (bool(self.sets) and BASE not in self.known["models"])
+        return lacks_scores or (bool(self.sets) and BASE_MODEL not in self.known["models"])
 
     def held_out_sets(self, stage: Stage, world: World) -> dict[str, HeldOutSet]:
         """Every set with its objective, for measurements on the ranks that train a stage."""
@@ -109,7 +108,7 @@ class Evaluations:
         """Measure the base: without the adapter, or with a fresh one that does not change it."""
         can_disable = engine.stage.method.traits.base_when_disabled
         with adapters_disabled(engine.module) if can_disable else nullcontext():
-            self.record(BASE, engine, sets)
+            self.record(BASE_MODEL, engine, sets)
 
     def record(self, model: str, engine: Engine, sets: Mapping[str, HeldOutSet]) -> None:
         """Measure every set with the engine's current model, and let it be scored.

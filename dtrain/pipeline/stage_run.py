@@ -8,6 +8,7 @@ import torch
 
 from dtrain.checkpoints.reader import Checkpoint
 from dtrain.core.log import say
+from dtrain.core.run_dir import BASE_MODEL
 from dtrain.core.units import duration, size
 from dtrain.data.loader import Loader
 from dtrain.data.packed_dataset import PackedDataset
@@ -17,7 +18,6 @@ from dtrain.monitoring.run_record import describe_used
 from dtrain.objectives.base import Objective
 from dtrain.objectives.regularizers.base import build_stage_objective
 from dtrain.pipeline.auto_settings import record_calibration
-from dtrain.pipeline.evaluator import BASE
 from dtrain.pipeline.precompute import build_starting_model, stage_context
 from dtrain.pipeline.stage_model import (
     export_adapter,
@@ -223,7 +223,7 @@ def steps_after(setup: StageSetup) -> float:
 def divergence_stop(setup: StageSetup) -> DivergenceStop:
     """The check of the stage's losses against those of the model that it starts from."""
     parent = setup.recipe.parent_of(setup.stage)
-    before = parent.name if parent else BASE
+    before = parent.name if parent else BASE_MODEL
     return DivergenceStop(setup.stage, lambda: setup.evaluations.losses_of(before))
 
 

@@ -31,13 +31,13 @@ from dtrain.core.coded_tensors import coded_formats, file_tensors
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text, write_atomic
 from dtrain.core.output import printable
-from dtrain.core.run_dir import RECIPE
+from dtrain.core.run_dir import BASE_MODEL, RECIPE
 from dtrain.core.stage_dir import STAGE_RECORD
 from dtrain.core.units import count, duration
 from dtrain.models.peft_format import CONFIG, read_adapter_config
 from dtrain.monitoring.run_record import RunRecord, describe_used, format_loss, read_run
 from dtrain.serving.card_usage import Usage, adapter_usage, model_usage
-from dtrain.serving.run_models import BASE, ServedRun, open_run
+from dtrain.serving.run_models import ServedRun, open_run
 
 README = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -404,7 +404,7 @@ def held_out_table(record: RunRecord, stages: Sequence[Stage]) -> list[list[str]
     The change has its standard error where one is known.
     """
     names = [stage.name for stage in stages]
-    models = [model for model in record.models if model == BASE or model in names]
+    models = [model for model in record.models if model == BASE_MODEL or model in names]
     if not names or names[-1] not in models:
         return []
     last, rows = names[-1], [["", *models, "change"]]

@@ -16,7 +16,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import read_json
 from dtrain.core.folder_kind import FolderKind, folder_kind
 from dtrain.core.hashes import file_hash
-from dtrain.core.run_dir import RunDir
+from dtrain.core.run_dir import BASE_MODEL, RunDir
 from dtrain.core.stage_dir import ADAPTER, MERGE_MANIFEST, read_merge_manifest
 from dtrain.models.peft_format import (
     CHAT_TEMPLATE,
@@ -26,8 +26,6 @@ from dtrain.models.peft_format import (
     read_adapter_origin,
 )
 from dtrain.monitoring.file_types import Lineage
-
-BASE = "base"  # the name of the model without any adapter
 
 
 @dataclass(frozen=True)
@@ -106,13 +104,13 @@ class ServedRun:
         after full fine-tuning, if one of the methods does not stack, or if it was itself trained
         over that model in NF4.
         """
-        models = {BASE: ServedModel(self.base, template=self.recipe.chat_template)}
+        models = {BASE_MODEL: ServedModel(self.base, template=self.recipe.chat_template)}
         for folder in self.extra_adapters():
             models[folder.name] = served_adapter(folder, self.base, self.recipe.chat_template)
         below: dict[str, ServedModel | None] = {}  # what the next stage's adapter can be added to
         for stage in self.recipe.stages:
             parent = self.recipe.parent_of(stage)
-            model = self._after(stage, below[parent.name] if parent else models[BASE])
+            model = self._after(stage, below[parent.name] if parent else models[BASE_MODEL])
             below[stage.name] = model if self._stacks(stage) else None
             if model is not None:
                 models[stage.adapter_name or stage.name] = model
@@ -190,8 +188,8 @@ def served_models(address: str) -> dict[str, ServedModel]:
     if folder_kind(path) is FolderKind.ADAPTER:
         adapter = served_adapter(path, template=template)
         name = path.absolute().parent.name if path.name == ADAPTER else path.name
-        return {BASE: ServedModel(adapter.base, template=template), name: adapter}
-    return {BASE: ServedModel(address, template=template)}
+        return {BASE_MODEL: ServedModel(adapter.base, template=template), name: adapter}
+    return {BASE_MODEL: ServedModel(address, template=template)}
 
 
 def _template_beside(result: Path) -> str:

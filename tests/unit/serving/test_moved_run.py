@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.core.run_dir import BASE_MODEL
 from dtrain.merge.combine_adapters import combine_adapters
 from dtrain.models.peft_format import CONFIG, adapter_base, base_reference
 from dtrain.serving.adapter_list import list_adapters
-from dtrain.serving.run_models import BASE, served_models
+from dtrain.serving.run_models import served_models
 
 Make = Callable[..., Path]
 LAYERS = {"model.layers.0.self_attn.q_proj": (8, 8)}
@@ -57,7 +58,7 @@ def test_adapter_and_combined_adapter_of_a_moved_run_find_their_base(
     monkeypatch.chdir(moved / "task")
     for folder in (Path("adapter"), moved / "style" / "adapter", Path("../both")):
         assert adapter_base(folder) == str(moved / "domain" / "merged")
-    assert served_models("adapter")[BASE].base == str(moved / "domain" / "merged")
+    assert served_models("adapter")[BASE_MODEL].base == str(moved / "domain" / "merged")
     listed = {adapter.base for adapter in list_adapters(moved)}
     assert listed == {str(moved / "domain" / "merged")}
 

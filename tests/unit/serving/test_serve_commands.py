@@ -15,10 +15,11 @@ import pytest
 
 from dtrain.config.load import dump, load_recipe
 from dtrain.core.errors import UserError
+from dtrain.core.run_dir import BASE_MODEL
 from dtrain.pipeline.stage_record import stage_record
 from dtrain.rank_main import resolve
 from dtrain.serving.adapter_list import format_table, list_adapters, read_adapter
-from dtrain.serving.run_models import BASE, open_run, served_models
+from dtrain.serving.run_models import open_run, served_models
 from dtrain.serving.vllm import max_rank, module, refusals, script
 
 Make = Callable[..., Path]
@@ -83,7 +84,7 @@ def test_several_adapters_of_one_base_share_a_server(
     modules = [f"{name}={run / f'task-{name}' / 'adapter'}" for name in rows]
     assert after(together, "--lora-modules") == modules
     models = served_models(str(run))
-    assert list(models) == [BASE, "domain", "legal", "code"]
+    assert list(models) == [BASE_MODEL, "domain", "legal", "code"]
     stacked = [run / "domain" / "adapter", run / "task-code" / "adapter"]
     assert list(models["code"].adapters) == stacked
 
@@ -272,7 +273,7 @@ def test_moved_run_lists_its_current_paths(make_run: Callable[..., Path], tmp_pa
 
 def test_adapter_list_shows_base_dependencies(make_run: Callable[..., Path]) -> None:
     models = served_models(str(make_run(methods=("qlora", "lora"))))
-    assert list(models) == [BASE, "domain", "task"]
+    assert list(models) == [BASE_MODEL, "domain", "task"]
     assert models["task"].base == "/models/llama" and models["task"].quantized
     assert len(models["task"].adapters) == 2
     run = make_run("second", methods=("lora", "qlora"))
@@ -300,8 +301,8 @@ def test_retrained_adapter_has_another_fingerprint(
     (run / "task" / "merged" / "merge.json").write_text('{"result": "another model"}')
     after_it = {name: choice.fingerprint for name, choice in served_models(str(run)).items()}
     assert {name for name in before if before[name] != after_it[name]} == {"task"}
-    assert before[BASE] == "" and len(before["both"]) == 12
-    assert served_models(str(run / "task" / "merged"))[BASE].fingerprint == "another mode"
+    assert before[BASE_MODEL] == "" and len(before["both"]) == 12
+    assert served_models(str(run / "task" / "merged"))[BASE_MODEL].fingerprint == "another mode"
 
 
 def test_user_errors_are_printed(make_run: Callable[..., Path], tmp_path: Path) -> None:
