@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.launching.network import free_port
+from tests.ports import free_port
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: no fork inherits its pool of threads
 CRASHED, TIMED_OUT = 1, -signal.SIGKILL

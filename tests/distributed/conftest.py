@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dtrain.launching.network import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 WORKER = ["-m", "dtrain.train"]

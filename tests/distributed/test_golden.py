@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.launching.network import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 METHODS = {
@@ -91,13 +91,8 @@ def test_accelerate_hands_its_engine_to_the_ranks(engine, tmp_path):
 
 
 def test_started_by_deepspeed(run_tiny):
-    launcher = [
-        *LAUNCHERS["deepspeed"],
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
+    launcher = [*LAUNCHERS["deepspeed"], "--num_accelerators", "2"]
+    launcher += ["--master_port", str(free_port())]
     run = run_tiny(
         "engine.kind=zero2",
         launcher=launcher,

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dtrain.launching.network import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 ATTACK = Path(__file__).with_name("store_attack.py")

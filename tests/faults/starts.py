@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("domain", "task")
@@ -120,10 +121,7 @@ class ForkedStart(Start):
         self.files_before = {stage: inode(self.metrics(stage)) for stage in STAGES}
         self.began = time.monotonic()
         self.log.unlink(missing_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": free_port()}
         self.ranks = {rank: self._fork(rank, common) for rank in range(2)}
 
     def _fork(self, rank: int, common: dict[str, int]) -> psutil.Process:

@@ -82,10 +82,10 @@ def test_missing_file_on_the_server_is_reported(site, tmp_path) -> None:
 
 def test_unreachable_server_is_reported(site, tmp_path) -> None:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("127.0.0.1", 0))  # nobody listens, and nobody else can
         unused_address = f"http://127.0.0.1:{probe.getsockname()[1]}/a.jsonl"
-    with pytest.raises(UserError, match="Cannot connect to host") as error:
-        texts(unused_address, tmp_path)
+        with pytest.raises(UserError, match="Cannot connect to host") as error:
+            texts(unused_address, tmp_path)
     assert error.value.where == unused_address
 
 

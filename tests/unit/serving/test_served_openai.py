@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from dtrain.config.schema import Model
-from dtrain.launching.network import free_port
 from dtrain.merge.adapter import MergeableAdapter
 from dtrain.merge.merge import MergeJob
 from dtrain.merge.merge_inputs import adapter_input
 from dtrain.samples.make import ensure
 from dtrain.serving.generator import TextGenerator
 from dtrain.serving.run_models import ServedModel
+from tests.ports import free_port
 
 TALK = [{"role": "user", "content": "What is a number?"}]
 START_SECONDS = 180
