@@ -63,6 +63,10 @@ class Attacker:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
+    def has_run(self) -> bool:
+        """Whether its code has run to the end."""
+        return self.file.exists() and self.file.stat().st_size > 0
+
     def close(self) -> None:
         """End it."""
         self._process.communicate(timeout=30)
@@ -114,7 +118,7 @@ def test_attack_works_on_the_rendezvous_of_torchrun(tmp_path: Path) -> None:
     launcher = command("torch.distributed.run", tmp_path, ALONE, *options)
     with started(tmp_path, [launcher]) as (attacker, (process,)):
         deadline = time.monotonic() + SECONDS
-        while not attacker.file.exists() and time.monotonic() < deadline:
+        while not attacker.has_run() and time.monotonic() < deadline:
             assert process.poll() is None
             attacker.attack([process])
     assert attacker.file.read_text().strip() == str(os.getuid())

@@ -26,12 +26,12 @@ case "$1 $2" in
     "requeue 7") touch "$FAKE/requeued" ;;
 esac
 """,
-    # Ranks that stop when they are asked to, or when the file `finish` appears.
+    # Ranks that stop when they are asked to, or when the file `finish` says how.
     "srun": """\
 trap 'touch "$FAKE/asked"; exit 75' USR1
 printf '%s\\n' "$@" >"$FAKE/command"
 touch "$FAKE/training"
-until [[ -e "$FAKE/finish" ]]; do sleep 0.05; done
+until [[ -s "$FAKE/finish" ]]; do sleep 0.05; done
 exit "$(cat "$FAKE/finish")"
 """,
 }

@@ -164,6 +164,7 @@ def test_change_without_a_new_timestamp_is_found_by_hash(prepared, tmp_path, mon
     path = tmp_path / "a.jsonl"
     write(path, BEFORE)
     state = hash_cache.file_state(path)
+    monkeypatch.setattr(hash_cache, "SETTLED_SECONDS", 1e9)
     monkeypatch.setattr(hash_cache, "file_state", lambda path: state)
     at_first_call(monkeypatch, ShardBuilder, "build", lambda: write(path, AFTER))
     with pytest.raises(UserError, match="the file changed while it was read"):

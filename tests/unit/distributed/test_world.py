@@ -19,8 +19,24 @@ from dtrain.core.errors import UserError
 from dtrain.distributed.rendezvous import bound_store, refuse_pickles
 from dtrain.distributed.world import choose_interface, loopback_interface, start_world
 
-RECIPE = Path(__file__).parents[3] / "dtrain/recipes/tiny.yaml"
 SECONDS = 60
+# The check of the preflight, whose ranks stay until they have been looked at.
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from dtrain.distributed import all_reduce_check
+
+folder, end_world = Path(sys.argv[1]), all_reduce_check.end_world
+
+def end_later():
+    (folder / f"up-{os.environ['RANK']}").touch()
+    while not (folder / "looked").exists():
+        time.sleep(0.01)
+    end_world()
+
+all_reduce_check.end_world = end_later
+sys.exit(all_reduce_check.main(["cpu"]))
+"""
 
 
 def listeners(process: psutil.Process) -> set[str]:
@@ -98,14 +114,21 @@ def test_communicator_is_created_eagerly_only_for_several_ranks(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_single_node_listens_only_on_the_loopback():
+def test_single_node_listens_only_on_the_loopback(tmp_path: Path) -> None:
+    worker, ranks_up = tmp_path / "worker.py", [tmp_path / f"up-{rank}" for rank in range(2)]
+    worker.write_text(WORKER)
     command = [sys.executable, "-m", "dtrain.torchrun", "--nproc-per-node=2"]
-    command += ["-m", "dtrain.distributed.all_reduce_check", str(RECIPE)]
-    started, seen = time.monotonic(), set()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+    deadline, seen = time.monotonic() + SECONDS, set()
+    with subprocess.Popen(
+        [*command, str(worker), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as run:
         process = psutil.Process(run.pid)
-        while run.poll() is None and time.monotonic() - started < SECONDS:
+        while not all(up.exists() for up in ranks_up):
+            if run.poll() is not None or time.monotonic() > deadline:
+                break
             seen |= listeners(process)
+        seen |= listeners(process)
+        (tmp_path / "looked").touch()
         said = run.communicate()[0]
     assert '"over all ranks"' in said and "wrong" not in said
     assert seen == {"127.0.0.1"}

@@ -98,12 +98,12 @@ time.sleep(float(sys.argv[2]))
 """
 
 
-def output(after_up: str, after_done: str = "0") -> str:
+def output(up_seconds: float, after_up: str, after_done: str = "0") -> str:
     command = [sys.executable, "-c", SLOW_START, after_up, after_done]
-    return preflight.output_of(command, 60, up="up", up_seconds=0.5)
+    return preflight.output_of(command, 60, up="up", up_seconds=up_seconds)
 
 
 def test_measurement_starts_once_all_ranks_are_up() -> None:
-    assert output("0") == "up 1\ndone\n"
-    assert output("60") == "up 1\n"
-    assert output("0", "60") == "up 1\ndone\n"
+    assert output(60, "0") == "up 1\ndone\n"
+    assert output(0.5, "60") == "up 1\n"
+    assert output(2, "0", "60") == "up 1\ndone\n"

@@ -79,6 +79,8 @@ def test_outcomes_and_silence(run: Path) -> None:
 
 def test_once_and_json(run: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
+    now = time.time()  # "last change 0 s ago" twice, whatever the second start takes
+    monkeypatch.setattr(time, "time", lambda: now)
     (run / "slurm").mkdir()
     (run / "slurm" / "job.log").write_text("first\nattempt 1 of job 7 on n1\x1b[31m\n")
     app(["watch", str(run)], standalone_mode=False)

@@ -19,13 +19,17 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("DTRAIN_END_TIME", "SLURM_JOB_END_TIME"):
         monkeypatch.delenv(name, raising=False)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so does the flag then
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_repeated_signals_request_one_stop(tmp_path: Path, number: int) -> None:
+def test_repeated_signals_request_one_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 1.0)  # the second Ctrl-C comes within a second
     flag = StopFlag(tmp_path, check_file=True)
     flag.listen()
     assert not flag.is_set(1.0, 1.0)

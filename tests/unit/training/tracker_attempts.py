@@ -17,9 +17,10 @@ from pathlib import Path
 from dtrain.config.load import load_recipe
 from dtrain.core.stage_dir import StageDir
 from dtrain.monitoring.alerts import Alert
-from dtrain.training.trackers import TrackerContext, build_trackers
+from dtrain.training.trackers import TrackerContext, background, build_trackers
 from dtrain.training.trackers.background import BackgroundTracker
 
+background.CLOSE_SECONDS = 200.0  # all clients start at once, on any machine
 METRICS = {"loss": 2.5, "skipped": "text", "norm": float("nan")}
 ALERT = Alert("loss spike", 3, "the loss was 9.000", "check the rows")
 
