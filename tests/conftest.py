@@ -21,6 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):  # the help would be colored in a pipe
+    os.environ.pop(_name, None)
 
 # The same examples every time, and no time limit on a busy machine.
 settings.register_profile("dtrain", deadline=None, derandomize=True, database=None)

@@ -386,6 +386,8 @@ def dtrain_run(tmp_path: Path, cache: Path) -> Iterator[Callable[..., Live]]:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A shell starts what runs in its background with SIGINT ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         started.append(Live(tmp_path / folder, -1, "", process, log))
         return started[-1]

@@ -72,8 +72,11 @@ def test_two_users_in_one_folder_have_a_cache_each(shared: Path) -> None:
 
 @as_root
 def test_folder_that_this_user_cannot_write_to_is_read(shared: Path) -> None:
-    model, stage = shared.parent / "model", shared.parent / "run" / "task"
+    model, other = shared.parent / "model", shared.parent / "other"
+    stage = shared.parent / "run" / "task"
     model.write_text("weights")
+    other.write_text("of another model")
+    other.chmod(0o644)
     cached_hash(model)
     assert computed_folder("methods", stage) == shared / "methods"
     for path in (shared, *shared.rglob("*")):
@@ -82,8 +85,7 @@ def test_folder_that_this_user_cannot_write_to_is_read(shared: Path) -> None:
     def reader() -> None:
         assert cache_folder() == shared
         assert hash_cache.lookup_hash(model) == cached_hash(model)
-        model_2 = Path(__file__)
-        assert cached_hash(model_2) == file_hash(model_2)  # neither locked nor kept
+        assert cached_hash(other) == file_hash(other)  # neither locked nor kept
         assert compile_folder() != shared
         assert computed_folder("methods", stage) == stage / ".cache" / "methods"
 
