@@ -80,19 +80,20 @@ class Supervisor:
         if self._environ.get("DTRAIN_FORCE") != "1":
             check_downloaded(recipe, "DTRAIN_FORCE=1")
         allocation = slurm.current_allocation(self._environ)
-        command = self.begin(recipe, allocation)
-        run = run_dir_of(recipe)
+        run = self.begin(recipe, allocation)
         wants_preflight = self._environ.get("DTRAIN_PREFLIGHT", "on") != "off"
         if script and wants_preflight and not self.is_warned:
             faults = check_allocation(recipe, run.start_recipe, run.slurm, allocation)
             if faults:
                 handle_faults(faults, run, [str(script), *words], self._environ)
                 return Exit.CRASHED
-        status = Exit.INTERRUPTED if self.is_warned else self._train(command)
+        status = Exit.INTERRUPTED
+        if not self.is_warned:
+            status = self._train(self.command(recipe, run, allocation))
         return self.end(run, status)
 
-    def begin(self, recipe: Recipe, allocation: slurm.Allocation) -> list[str]:
-        """Prepare the run folder and record the attempt; return the command that trains.
+    def begin(self, recipe: Recipe, allocation: slurm.Allocation) -> RunDir:
+        """Prepare the run folder and record the attempt; return the run folder.
 
         Raises:
             UserError: another attempt cannot help: the recipe is wrong, or it failed too often.
@@ -108,10 +109,18 @@ class Supervisor:
             lock.release()
         begin_attempt(run, allocation, self._environ)
         self._run = run
+        return run
+
+    def command(self, recipe: Recipe, run: RunDir, allocation: slurm.Allocation) -> list[str]:
+        """The command that trains. Nothing holds its free port until the ranks start.
+
+        Raises:
+            UserError: DTRAIN_INTERFACE names no interface of this machine.
+        """
         return step_command(
             [str(run.start_recipe)],
             nodes=len(allocation.nodes),
-            ranks=ranks,
+            ranks=ranks_per_node(recipe, allocation.gpus),
             endpoint=rendezvous_endpoint(self._environ, allocation.nodes[0]),
             cores=allocation.cores,
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +31,8 @@ def start(run, *overrides, **environ):
     keys = ["device=cpu", "launch.processes=1", f"output.folder={json.dumps(str(run))}"]
     environ = {**ENVIRON, **environ}
     recipe = load_recipe("tiny", [*keys, *overrides])
-    return Supervisor(environ).begin(recipe, slurm.current_allocation(environ))
+    supervisor, allocation = Supervisor(environ), slurm.current_allocation(environ)
+    return supervisor.command(recipe, supervisor.begin(recipe, allocation), allocation)
 
 
 def test_begin_clears_files_of_the_last_attempt(slurm_of_two, tmp_path):
@@ -48,6 +51,20 @@ def test_each_attempt_has_its_own_rendezvous(slurm_of_two, tmp_path):
     commands = [start(tmp_path / name) for name in ("a", "b")]
     assert len({w for c in commands for w in c if w.startswith("--rdzv-endpoint=")}) == 2
     assert "--nnodes=2" in commands[0] and "--kill-on-bad-exit=1" in commands[0]
+
+
+def test_port_is_chosen_after_the_preflight(slurm_of_two, tmp_path, monkeypatch):
+    """Another program may take a port in the minutes that a preflight lasts."""
+    log = []
+    monkeypatch.setattr(module, "check_allocation", lambda *_: log.append("preflight"))
+    monkeypatch.setattr(module, "rendezvous_endpoint", lambda *_: log.append("port"))
+    monkeypatch.setattr(module, "step_command", lambda *_, **__: ["true"])
+    monkeypatch.setattr(slurm, "job_state", lambda job: slurm.JobState("COMPLETING"))
+    recipe = load_recipe("tiny", ["device=cpu", f"output.folder={tmp_path / 'run'}"])
+    before = signal.getsignal(signal.SIGTERM)
+    assert Supervisor(ENVIRON).run(recipe, Path("job.sh")) == 0
+    signal.signal(signal.SIGTERM, before)
+    assert log == ["preflight", "port"]
 
 
 def test_single_node_needs_no_port(monkeypatch, tmp_path):
