@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -25,6 +26,7 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.ownership import keep_private, make_private_folder
 from dtrain.core.run_dir import RunDir
 from dtrain.launching.commands import ranks_per_node, run_dir_of, torchrun_command, with_run_dir
+from dtrain.launching.requeue_policy import PERMANENT_FAILURES
 from dtrain.planning.known_models import check_downloaded, check_trainable
 from dtrain.supervisor import Supervisor
 
@@ -67,20 +69,32 @@ class Training:
         return submitit.helpers.DelayedSubmission(self)
 
     def _train_here(self, recipe: Recipe, run: RunDir) -> int:
-        """Train on this machine; submitit's own signal makes the ranks save first."""
+        """Train on this machine; submitit's own signal makes the ranks save first.
+
+        Returns:
+            Exit status of the ranks, unless submitit's handler ends this process to requeue it.
+        """
         run.lock().release()
         run.request(dump(with_run_dir(recipe, run)))
-        process = subprocess.Popen(torchrun_command(run.start_recipe, ranks_per_node(recipe, 0)))
         requeue = signal.getsignal(signal.SIGUSR2)
+        asked: list[tuple[int, FrameType | None]] = []
+        process: subprocess.Popen[bytes] | None = None
 
         def save_first(number: int, frame: FrameType | None) -> None:
-            process.send_signal(signal.SIGUSR1)
-            process.wait()
-            if callable(requeue):
-                requeue(number, frame)
+            # It interrupts `Popen.wait`, whose lock a second wait in here would never get.
+            asked.append((number, frame))
+            with suppress(OSError):
+                run.stop.touch()  # for ranks that do not listen yet
+            if process is not None:
+                process.send_signal(signal.SIGUSR1)
 
         signal.signal(signal.SIGUSR2, save_first)
-        return process.wait()
+        process = subprocess.Popen(torchrun_command(run.start_recipe, ranks_per_node(recipe, 0)))
+        status = process.wait()
+        can_help = status not in (Exit.FINISHED, *PERMANENT_FAILURES)
+        if asked and can_help and callable(requeue):
+            requeue(*asked[0])
+        return status
 
 
 def submit(

@@ -87,7 +87,8 @@ class Signals:
             print(INTERRUPTED_EARLY, file=sys.stderr)
             raise SystemExit(Exit.CTRL_C)
         for worker in workers:
-            worker.send_signal(number)
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                worker.send_signal(number)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
 
+import psutil
 import pytest
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -152,6 +153,17 @@ def test_signal_reaches_the_workers(tmp_path: Path, number: int) -> None:
     _, errors = process.communicate(timeout=120)
     assert process.returncode == Exit.INTERRUPTED
     assert errors == ""
+
+
+def test_signal_reaches_the_workers_after_one_that_has_just_ended(monkeypatch) -> None:
+    processes = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    workers = [psutil.Process(process.pid) for process in processes]
+    monkeypatch.setattr(psutil.Process, "children", lambda self: workers)
+    monkeypatch.setattr("dtrain.torchrun._leads_session", lambda process: True)
+    processes[0].kill()
+    processes[0].wait()
+    Signals()._pass_on(signal.SIGTERM, None)
+    assert processes[1].wait(60) == -signal.SIGTERM
 
 
 def test_hostile_names_remain_one_argument() -> None:
