@@ -25,55 +25,71 @@ class AugmentationMode(StrEnum):
     backtranslate = "backtranslate"
 
 
+Rows = Annotated[
+    str, typer.Argument(metavar="PATH", parser=address, help="A file or folder of rows.")
+]
+Mode = Annotated[
+    AugmentationMode,
+    typer.Option(
+        help="rewrite: each instruction in other words. answers: other answers to it. "
+        "backtranslate: an instruction for each text or answer."
+    ),
+]
+EndpointUrl = Annotated[
+    str, typer.Option(metavar="URL", help="For example http://localhost:8000/v1.")
+]
+ModelName = Annotated[str, typer.Option(help="The model's name on the server.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        metavar="FOLDER", parser=path, help="Output folder; an existing one is continued."
+    ),
+]
+Copies = Annotated[int, typer.Option(min=1, help="Replies to each row.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="NAME=COLUMN",
+        help="Column of the file for a column of the format, such as instruction=question; "
+        "repeatable.",
+    ),
+]
+FirstRows = Annotated[
+    int | None, typer.Option(min=1, help="Use only this many rows from the start.")
+]
+MaxRequests = Annotated[int | None, Limit]
+MaxTokens = Annotated[int | None, Limit]
+MaxCost = Annotated[
+    float | None, typer.Option(min=0, help="As above, in the currency of --prices.")
+]
+Prices = Annotated[
+    str | None,
+    typer.Option(metavar="IN,OUT", help="Price of a million prompt and completion tokens."),
+]
+PerMinute = Annotated[float | None, typer.Option(min=0.01, help="Requests started per minute.")]
+AtOnce = Annotated[int, typer.Option(min=1, help="Maximum number of pending requests.")]
+ReplyTokens = Annotated[int, typer.Option(min=1, help="Maximum tokens of a reply.")]
+Temperature = Annotated[float, typer.Option(min=0, max=2, help="Sampling temperature.")]
+
+
 def augment(
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", parser=address, help="A file or folder of rows.")
-    ],
-    how: Annotated[
-        AugmentationMode,
-        typer.Option(
-            help="rewrite: each instruction in other words. answers: other answers to it. "
-            "backtranslate: an instruction for each text or answer."
-        ),
-    ],
-    endpoint: Annotated[
-        str, typer.Option(metavar="URL", help="For example http://localhost:8000/v1.")
-    ],
-    model: Annotated[str, typer.Option(help="The model's name on the server.")],
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="FOLDER", parser=path, help="Output folder; an existing one is continued."
-        ),
-    ],
-    copies: Annotated[int, typer.Option(min=1, help="Replies to each row.")] = 1,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--column",
-            metavar="NAME=COLUMN",
-            help="Column of the file for a column of the format, such as instruction=question; "
-            "repeatable.",
-        ),
-    ] = None,
-    rows: Annotated[
-        int | None, typer.Option(min=1, help="Use only this many rows from the start.")
-    ] = None,
-    max_requests: Annotated[int | None, Limit] = None,
-    max_tokens: Annotated[int | None, Limit] = None,
-    max_cost: Annotated[
-        float | None, typer.Option(min=0, help="As above, in the currency of --prices.")
-    ] = None,
-    prices: Annotated[
-        str | None,
-        typer.Option(metavar="IN,OUT", help="Price of a million prompt and completion tokens."),
-    ] = None,
-    per_minute: Annotated[
-        float | None, typer.Option(min=0.01, help="Requests started per minute.")
-    ] = None,
-    at_once: Annotated[int, typer.Option(min=1, help="Maximum number of pending requests.")] = 8,
-    reply_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of a reply.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="Sampling temperature.")] = 0.8,
+    path: Rows,
+    how: Mode,
+    endpoint: EndpointUrl,
+    model: ModelName,
+    out: Out,
+    copies: Copies = 1,
+    columns: Columns = None,
+    rows: FirstRows = None,
+    max_requests: MaxRequests = None,
+    max_tokens: MaxTokens = None,
+    max_cost: MaxCost = None,
+    prices: Prices = None,
+    per_minute: PerMinute = None,
+    at_once: AtOnce = 8,
+    reply_tokens: ReplyTokens = 1024,
+    temperature: Temperature = 0.8,
 ) -> None:
     """Generate more rows from existing ones; the same command continues after an interruption.
 

@@ -27,41 +27,45 @@ class Origin(StrEnum):
     chats = "chats"
 
 
+Documents = Annotated[str, typer.Argument(metavar="PATH", parser=address, help="A file or folder.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", parser=path, help="New folder for the rows.")]
+From = Annotated[
+    Origin,
+    typer.Option(
+        "--from",
+        help="markdown: sections of .md and .rst files. code: signatures and docstrings of "
+        ".py files. chats: exported conversations, as JSON, JSON lines or CSV.",
+    ),
+]
+HeldOut = Annotated[float, typer.Option(min=0, max=0.9, help="Share of the documents to hold out.")]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="RULE",
+        help="chats: train on what fulfils it: KEY, !KEY, KEY=VALUE or KEY>=NUMBER, a key of "
+        "the conversation or of its messages; repeatable.",
+    ),
+]
+Role = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=ROLE",
+        help="chats: what a role of the export is: user, assistant, system or skip; repeatable.",
+    ),
+]
+MinTurns = Annotated[
+    int, typer.Option(min=1, help="chats: least number of answers in a conversation.")
+]
+
+
 def extract(
-    path: Annotated[str, typer.Argument(metavar="PATH", parser=address, help="A file or folder.")],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", parser=path, help="New folder for the rows.")
-    ],
-    origin: Annotated[
-        Origin,
-        typer.Option(
-            "--from",
-            help="markdown: sections of .md and .rst files. code: signatures and docstrings of "
-            ".py files. chats: exported conversations, as JSON, JSON lines or CSV.",
-        ),
-    ],
-    held_out: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of the documents to hold out.")
-    ] = 0.1,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="RULE",
-            help="chats: train on what fulfils it: KEY, !KEY, KEY=VALUE or KEY>=NUMBER, a key of "
-            "the conversation or of its messages; repeatable.",
-        ),
-    ] = None,
-    role: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=ROLE",
-            help="chats: what a role of the export is: user, assistant, system or skip; "
-            "repeatable.",
-        ),
-    ] = None,
-    min_turns: Annotated[
-        int, typer.Option(min=1, help="chats: least number of answers in a conversation.")
-    ] = 1,
+    path: Documents,
+    out: Out,
+    origin: From,
+    held_out: HeldOut = 0.1,
+    keep: Keep = None,
+    role: Role = None,
+    min_turns: MinTurns = 1,
 ) -> None:
     """Make training rows of documentation, Python code or support conversations.
 
