@@ -8,8 +8,8 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
-from functools import lru_cache, partial
+from collections.abc import Collection, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast, get_args
@@ -18,19 +18,15 @@ from dtrain.config.objectives import Column
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import decode_text, strip_bom
 from dtrain.core.lazy_import import LazyModule
+from dtrain.data.arrow_rows import arrow_rows, dataset_rows, parquet_rows, unchanged
 from dtrain.data.conversations import TRAIN_FLAGS
-from dtrain.data.sources import PACKERS, PROSE, SourceFile
+from dtrain.data.sources import PACKERS, PROSE, RawRow, SourceFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 else:  # `dtrain check` reads rows too, and shall start at once
-    pa, pq = LazyModule("pyarrow"), LazyModule("pyarrow.parquet")
+    pa = LazyModule("pyarrow")
 
-# The row's number, from 1, and a function that returns the row, or a UserError.
-RawRow = tuple[int, Callable[[], Any]]
-
-BATCH_ROWS = 1000
 MAX_LINE_BYTES = 1 << 25  # longer lines belong to another kind of file
 MAX_EXPANSION = 200  # texts shrink to a twentieth; a file made to fill the memory, to a thousandth
 csv.field_size_limit(min(MAX_LINE_BYTES, sys.maxsize))
@@ -50,12 +46,12 @@ def iter_rows(
         UserError: the rest of the file cannot be read.
     """
     if source_file.dataset is not None:
-        return _dataset(source_file, needed)
+        return dataset_rows(source_file, needed)
     kind = source_file.kind.removesuffix(".gz").removesuffix(".zst")
     if kind == ".parquet":
-        return _parquet(source_file, needed)
+        return parquet_rows(source_file, needed)
     if kind == ".arrow":
-        return _arrow(source_file)
+        return arrow_rows(source_file)
     if kind == ".json":
         columns = {*get_args(Column), *(needed or ()), *renamed}
         return _json(source_file, columns.difference(TRAIN_FLAGS))  # a key `train` can contain rows
@@ -69,56 +65,7 @@ def iter_rows(
 def _parsed(iter_rows: Iterable[tuple[int, Any]]) -> Iterator[RawRow]:
     """Rows that are parsed already."""
     for number, row in iter_rows:
-        yield number, partial(_unchanged, row)
-
-
-def _unchanged(row: Any) -> Any:
-    return row
-
-
-def _batch_rows(batch: pa.RecordBatch, first: int) -> Iterator[RawRow]:
-    """Rows of an Arrow batch; the batch is converted when the first of them is parsed.
-
-    Raises:
-        ArrowInvalid: offsets point outside the batch, or a text is not UTF-8.
-    """
-    batch.validate(full=True)
-    values = lru_cache(maxsize=1)(partial(_values, batch))
-    for index in range(batch.num_rows):
-        yield first + index, partial(_item, values, index)
-
-
-def _item(values: Callable[[], list[Any]], index: int) -> Any:
-    return values()[index]
-
-
-def _values(batch: pa.RecordBatch) -> list[Any]:
-    return list(map(_null_remover(pa.struct(batch.schema)), batch.to_pylist()))
-
-
-def _null_remover(kind: pa.DataType, column: bool = True) -> Callable[[Any], Any]:
-    """A function that removes the nulls of structs from a value of an Arrow type.
-
-    If the objects of a column have different keys, Arrow gives each object all keys and fills in
-    nulls. Nulls in lists, maps and whole columns are the file's own.
-    """
-    if pa.types.is_struct(kind):
-        inner = {field.name: _null_remover(field.type, False) for field in kind}
-        return partial(_struct, inner, keep=column)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        item = _null_remover(kind.value_type, False)
-        return _unchanged if item is _unchanged else partial(_list, item)
-    return _unchanged
-
-
-def _struct(inner: dict[str, Callable[[Any], Any]], value: Any, *, keep: bool) -> Any:
-    if value is None:
-        return None
-    return {k: inner[k](v) for k, v in value.items() if keep or v is not None}
-
-
-def _list(item: Callable[[Any], Any], value: Any) -> Any:
-    return None if value is None else [item(element) for element in value]
+        yield number, partial(unchanged, row)
 
 
 def _open_stream(source_file: SourceFile) -> IO[bytes]:
@@ -316,17 +263,11 @@ def _table(source_file: SourceFile, delimiter: str) -> Iterator[RawRow]:
         if cells is None:
             return
         if header is None:
-            header = _header(cells, source_file)
+            source_file.check_columns(cells)
+            header = cells
         elif cells:
             yield number, partial(_table_row, header, cells)
         number = reader.line_num + 1
-
-
-def _header(cells: list[str], source_file: SourceFile) -> list[str]:
-    if duplicates := [name for name in filter(None, dict.fromkeys(cells)) if cells.count(name) > 1]:
-        message = f"duplicate column `{duplicates[0]}`"
-        raise UserError(message, where=source_file.location(1), fix="rename or remove one of them")
-    return cells
 
 
 def _table_row(header: list[str], cells: list[str]) -> dict[str, str] | UserError:
@@ -345,61 +286,3 @@ def _texts(source_file: SourceFile) -> Iterator[str]:
         except UnicodeDecodeError as error:
             fix = "convert the file to UTF-8"
             raise UserError("not UTF-8", where=source_file.location(number), fix=fix) from error
-
-
-def _parquet(source_file: SourceFile, needed: tuple[str, ...] | None) -> Iterator[RawRow]:
-    number = 0
-    try:
-        with pq.ParquetFile(source_file.path) as file:
-            columns = _present(source_file, file.schema_arrow.names, needed)
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                yield from _batch_rows(batch, number + 1)
-                number += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"invalid parquet file: {reason}", where=source_file.location(number + 1)
-        ) from error
-
-
-def _arrow(source_file: SourceFile) -> Iterator[RawRow]:
-    """Arrow's file format, or its stream format, which `datasets` writes."""
-    number = 0
-    try:
-        with pa.memory_map(str(source_file.path)) as file:
-            for batch in _batches(file):
-                _header(batch.schema.names, source_file)
-                yield from _batch_rows(batch, number + 1)
-                number += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
-        reason = first_line(error)
-        raise UserError(
-            f"invalid arrow file: {reason}", where=source_file.location(number + 1)
-        ) from error
-
-
-def _batches(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
-    if file.read(6) == b"ARROW1":
-        reader = pa.ipc.open_file(file)
-        for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
-    else:
-        file.seek(0)
-        yield from pa.ipc.open_stream(file)
-
-
-def _dataset(source_file: SourceFile, needed: tuple[str, ...] | None) -> Iterator[RawRow]:
-    assert source_file.dataset is not None
-    selected = source_file.dataset.select_columns(
-        _present(source_file, source_file.dataset.column_names, needed)
-    )
-    remove_nulls = _null_remover(pa.struct(selected.features.arrow_schema))
-    return _parsed(enumerate(map(remove_nulls, selected), start=1))
-
-
-def _present(
-    source_file: SourceFile, names: list[str], needed: tuple[str, ...] | None
-) -> list[str]:
-    """The columns to read; all columns if no needed one exists, so that errors can name them."""
-    _header(names, source_file)
-    return [name for name in names if needed is None or name in needed] or names

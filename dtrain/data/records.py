@@ -19,8 +19,8 @@ from dtrain.data.formats import (
     detect_format,
     unread_columns,
 )
-from dtrain.data.readers import RawRow, iter_rows
-from dtrain.data.sources import SourceFile, count_by_type, find_source_files
+from dtrain.data.readers import iter_rows
+from dtrain.data.sources import RawRow, SourceFile, count_by_type, find_source_files
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".tar.gz", ".tar.zst", ".bz2"
 SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")  # of Dataset.save_to_disk
 HUB_HINT = " A data set of the hub is OWNER/NAME"
 PROGRESS_FROM_BYTES = 1 << 30  # a second of hashing
+# The row's number, from 1, and a function that returns the row, or a UserError.
+RawRow = tuple[int, Callable[[], Any]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,18 @@ class SourceFile:
             return self.name
         has_lines = self.kind.startswith((".jsonl", ".csv", ".tsv"))
         return f"{self.name}{':' if has_lines else '#'}{number}"
+
+    def check_columns(self, names: list[str]) -> None:
+        """Check that each column of the file has a name of its own; empty names may repeat.
+
+        Raises:
+            UserError: two have the same.
+        """
+        duplicates = [name for name in filter(None, dict.fromkeys(names)) if names.count(name) > 1]
+        if duplicates:
+            message = f"duplicate column `{duplicates[0]}`"
+            fix = "rename or remove one of them"
+            raise UserError(message, where=self.location(1), fix=fix)
 
     def check_unchanged(self, *, again: bool = False) -> None:
         """Check that the files are still those that were hashed (`FileIdentity.check_unchanged`).
