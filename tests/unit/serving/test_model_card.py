@@ -19,15 +19,9 @@ from dtrain.models.meta_model import build_meta_model
 from dtrain.models.quantize import names_to_skip, nf4_layers
 from dtrain.monitoring.run_record import RunRecord
 from dtrain.samples.make import ensure
+from dtrain.serving.card_training import held_out_table
 from dtrain.serving.card_usage import PLACEHOLDER, model_usage, nf4_code, only_merged
-from dtrain.serving.model_card import (
-    adapter_card,
-    base_model,
-    held_out_table,
-    md,
-    merged_card,
-    write_stage_cards,
-)
+from dtrain.serving.model_card import adapter_card, base_model, md, merged_card, write_stage_cards
 from dtrain.serving.run_models import ServedRun
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (8, 8)}
