@@ -92,7 +92,7 @@ class AdapterMethod(AddedMethod[Settings]):
         adapted.train()
         if isinstance(adapted, PeftModel):
             loadable_config(adapted)  # raises before the training
-            check_names(adapted)
+            check_peft_names(adapted)
         return adapted
 
     def _expert_targets(self, model: PreTrainedModel) -> list[str]:
@@ -251,7 +251,7 @@ def _pattern_names(base: nn.Module) -> list[str]:
     return names
 
 
-def check_names(model: PeftModel) -> None:
+def check_peft_names(model: PeftModel) -> None:
     """Check that PEFT loads an adapter under the names that it has.
 
     PEFT renames its tensors as transformers renames those of older files, and loses those that the

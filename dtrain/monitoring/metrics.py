@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from dtrain.core.files import json_line, read_json_lines, write_atomic
 from dtrain.core.ownership import open_in_place
-from dtrain.monitoring.file_types import MetricsLine, NumberedLine
+from dtrain.monitoring.run_files import MetricsLine, NumberedLine
 
 
 class Metrics:

@@ -16,8 +16,8 @@ from dtrain.core.files import parse_json, read_json_lines, read_text
 from dtrain.core.output import printable
 from dtrain.core.run_dir import BASE_MODEL, EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
 from dtrain.monitoring.alerts import find_alerts
-from dtrain.monitoring.file_types import EvaluationFile, Lineage, Prediction, RecipeValues
 from dtrain.monitoring.metrics import read_metrics
+from dtrain.monitoring.run_files import EvaluationFile, Lineage, Prediction, RecipeValues
 from dtrain.monitoring.scores import MIN_CHANGE, ScoreRow, score_rows
 from dtrain.monitoring.starts import TimedStart, read_starts, timed_starts
 from dtrain.monitoring.uncertainty import paired_standard_error

@@ -15,7 +15,7 @@ from dtrain.data.packed_dataset import BatchCounts
 from dtrain.data.packing import Packing
 from dtrain.data.prepare import DatasetSpec
 from dtrain.data.tokenize import AnswerEncoder, FullTextEncoder
-from dtrain.models.calibration import BINS, calibration_gaps, expected_calibration_error
+from dtrain.models.calibration_error import BINS, calibration_gaps, expected_calibration_error
 from dtrain.models.loss import target_losses
 from dtrain.objectives.base import LossOutput, Objective
 

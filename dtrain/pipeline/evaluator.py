@@ -20,8 +20,8 @@ from dtrain.engines.base import Engine
 from dtrain.evaluation.gates import check_gates
 from dtrain.evaluation.scorer import Scorer
 from dtrain.models.packing_probe import Layout
-from dtrain.monitoring.file_types import EvaluationFile
 from dtrain.monitoring.metrics import finite
+from dtrain.monitoring.run_files import EvaluationFile
 from dtrain.monitoring.scores import INPUTS, SCORES, adopt_scores, put_scores
 from dtrain.objectives.base import adapters_disabled, build_objective
 from dtrain.pipeline.teachers import TeacherModels

@@ -20,7 +20,7 @@ from dtrain.methods.base import build_method
 from dtrain.methods.new_tokens import check_new_tokens
 from dtrain.models.load import resolve_dtype, silence_transformers
 from dtrain.models.sharded_loading import stream_base
-from dtrain.objectives.regularizers.fisher import adapted_layers
+from dtrain.objectives.regularizers.fisher import penalized_layers
 from dtrain.pipeline.initial_adapter import check_initial_adapter
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -83,7 +83,7 @@ def _check_stage(
     check_initial_adapter(stage, model)
     term = stage.regularize
     if term and term.traits.penalizes_change and method.traits.adds_product:
-        adapted_layers(model)
+        penalized_layers(model)
 
 
 def check_rate_scales(stage: Stage, model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from dtrain.models.peft_format import (
     adapter_base,
     read_adapter_origin,
 )
-from dtrain.monitoring.file_types import Lineage
+from dtrain.monitoring.run_files import Lineage
 
 
 @dataclass(frozen=True)

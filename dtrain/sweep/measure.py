@@ -13,8 +13,8 @@ from dtrain.core.files import read_json
 from dtrain.core.output import printable
 from dtrain.core.run_dir import RunDir
 from dtrain.core.stage_dir import METRICS
-from dtrain.monitoring.file_types import EvaluationFile
 from dtrain.monitoring.metrics import read_metrics
+from dtrain.monitoring.run_files import EvaluationFile
 from dtrain.monitoring.starts import read_starts, timed_starts
 from dtrain.sweep.record import Point
 

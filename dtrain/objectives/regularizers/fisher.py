@@ -42,7 +42,7 @@ Factors = dict[str, Tensor]
 """Factors by "LAYER.u" and "LAYER.v": float32 [o] and [h] of a layer."""
 
 
-def adapted_layers(module: nn.Module) -> dict[str, Any]:
+def penalized_layers(module: nn.Module) -> dict[str, Any]:
     """The layers with a LoRA adapter, by name.
 
     Args:
@@ -67,7 +67,7 @@ def fisher_factors(module: nn.Module, context: StageContext, settings: Ewc) -> F
     They are estimated once: the first rank stores them under the fingerprint of base and rows.
     """
     loader, ids = chosen_sequences(context, settings)
-    layers = adapted_layers(module)
+    layers = penalized_layers(module)
     made_from = {
         "start": fingerprint(dict(context.start)),
         "data": loader.dataset.fingerprint,
@@ -106,7 +106,7 @@ def chosen_sequences(context: StageContext, settings: Ewc) -> tuple[Loader, NDAr
 
 def estimate(module: nn.Module, world: World, loader: Loader, ids: NDArray[np.int64]) -> Factors:
     """Estimate the factors on these sequences, which the ranks share."""
-    sums = zero_factors(adapted_layers(module), world.device, torch.float64)
+    sums = zero_factors(penalized_layers(module), world.device, torch.float64)
     tokens = targets = 0
     rounds = -(-len(ids) // world.size)
     with collecting(module, sums) as embeddings, progress("Fisher information", rounds) as bar:
@@ -144,7 +144,7 @@ def collecting(module: nn.Module, sums: Factors) -> Iterator[list[Tensor]]:
 
     with adapters_disabled(module), ExitStack() as stack:
         stack.callback(inputs.register_forward_hook(keep_embeddings).remove)
-        for name, layer in adapted_layers(module).items():
+        for name, layer in penalized_layers(module).items():
             u, v = sums[f"{name}.u"], sums[f"{name}.v"]
 
             def collect(_: nn.Module, args: Any, y: Tensor, u: Tensor = u, v: Tensor = v) -> Tensor:

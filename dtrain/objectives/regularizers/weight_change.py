@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dtrain.config import regularize
 from dtrain.objectives.base import ShardedModel, StageContext
 from dtrain.objectives.regularizers.base import Regularized
-from dtrain.objectives.regularizers.fisher import adapted_layers, fisher_factors
+from dtrain.objectives.regularizers.fisher import fisher_factors, penalized_layers
 from dtrain.objectives.regularizers.layer_terms import LayersTerm
 
 Diagonals = tuple[Tensor, Tensor]
@@ -102,7 +102,7 @@ class L2InitPenalty(LayersTerm, Regularized):
         self.penalize(
             {
                 name: (layer, ProductPenalty(layer, factors.get(name)))
-                for name, layer in adapted_layers(engine.module).items()
+                for name, layer in penalized_layers(engine.module).items()
             }
         )
 
@@ -120,5 +120,5 @@ class EwcPenalty(L2InitPenalty):
         found = fisher_factors(module, self.context, settings)
         return {
             name: (found[f"{name}.u"].to(device), found[f"{name}.v"].to(device))
-            for name in adapted_layers(module)
+            for name in penalized_layers(module)
         }

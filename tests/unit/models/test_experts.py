@@ -39,7 +39,7 @@ from dtrain.models.packing_probe import probe_packing
 from dtrain.models.peft_format import file_key
 from dtrain.models.sharded_loading import stream_base
 from dtrain.objectives.base import adapters_disabled
-from dtrain.objectives.regularizers.fisher import adapted_layers
+from dtrain.objectives.regularizers.fisher import penalized_layers
 from dtrain.pipeline.initial_adapter import check_initial_adapter
 from dtrain.samples.tiny_llama import build_tokenizer
 from dtrain.serving.generator import TextGenerator
@@ -267,8 +267,8 @@ def test_without_its_adapters_a_model_is_its_base(
 def test_no_penalty_takes_the_adapters_of_experts_for_those_of_one_layer(write: Callable) -> None:
     folder = write("qwen3_moe")
     with pytest.raises(UserError, match="no penalty on the adapters of experts"):
-        adapted_layers(adapted(folder)[1])
-    assert adapted_layers(adapted(folder, experts=False)[1])
+        penalized_layers(adapted(folder)[1])
+    assert penalized_layers(adapted(folder, experts=False)[1])
 
 
 def test_an_expert_without_tokens_gets_a_gradient_of_zero(write: Callable) -> None:

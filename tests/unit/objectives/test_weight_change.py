@@ -26,7 +26,7 @@ from dtrain.models.tokenizer import load_tokenizer
 from dtrain.objectives.base import StageContext
 from dtrain.objectives.causal_lm import SupervisedFinetuning
 from dtrain.objectives.regularizers.base import TERM, build_stage_objective
-from dtrain.objectives.regularizers.fisher import adapted_layers, fisher_factors
+from dtrain.objectives.regularizers.fisher import fisher_factors, penalized_layers
 from dtrain.objectives.regularizers.weight_change import penalty, penalty_gradient
 from dtrain.samples.make import ensure
 
@@ -120,7 +120,7 @@ def dense_fisher(model: nn.Module, loader: Loader) -> dict[str, torch.Tensor]:
 
         return hook
 
-    names = [name.removeprefix("base_model.model.") for name in adapted_layers(model)]
+    names = [name.removeprefix("base_model.model.") for name in penalized_layers(model)]
     for name in names:
         base.get_submodule(name).register_forward_hook(keep(name))
     targets = 0
@@ -194,7 +194,7 @@ def test_loss_and_gradients_have_the_term(kind, model, loader, world, tmp_path) 
     weight = sum(output.weight for output in outputs)
     dense = torch.zeros(())
     factors = fisher_factors(model, context, term) if kind == "ewc" else {}
-    for name, layer in adapted_layers(model).items():
+    for name, layer in penalized_layers(model).items():
         squares = change(layer) ** 2
         if factors:
             squares = squares * torch.outer(factors[f"{name}.u"], factors[f"{name}.v"])

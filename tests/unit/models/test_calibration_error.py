@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.schema import Model
-from dtrain.models.calibration import BINS, calibration_gaps, expected_calibration_error
+from dtrain.models.calibration_error import BINS, calibration_gaps, expected_calibration_error
 from dtrain.models.kernels.patch import apply_kernels
 
 TOKENS = 60
