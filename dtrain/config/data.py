@@ -64,43 +64,43 @@ class Source(Group):
         return [entry.weight for entry in self.weight if entry.after_steps <= steps][-1]
 
 
-Away = Literal["keep", "drop", "quarantine"]
+RowAction = Literal["keep", "drop", "quarantine"]
 
 
 class Clean(Group):
     """What `dtrain data clean` does with each finding; quarantine keeps a copy of the row."""
 
     broken: Literal["stop", "quarantine"] = Field("stop", description="rows that cannot be read")
-    template: Away = Field("quarantine", description="rows that the chat template refuses")
-    empty: Away = Field("drop", description="no question or no answer")
-    same: Away = Field("drop", description="the answer repeats the question")
-    exact_duplicate: Away = Field("drop", description="identical to an earlier row")
-    near_duplicate: Away = Field(
+    template: RowAction = Field("quarantine", description="rows that the chat template refuses")
+    empty: RowAction = Field("drop", description="no question or no answer")
+    same: RowAction = Field("drop", description="the answer repeats the question")
+    exact_duplicate: RowAction = Field("drop", description="identical to an earlier row")
+    near_duplicate: RowAction = Field(
         "quarantine",
         description="at least 80 % similar to an earlier row, and asks or answers the same",
     )
-    leak: Away = Field(
+    leak: RowAction = Field(
         "drop",
         description="contains a question or answer of an evaluation set, with the same numbers",
     )
     personal: Literal["keep", "mask", "drop", "quarantine"] = Field(
         "mask", description="email and IP addresses, phone, identity and card numbers, API keys"
     )
-    garbled: Away = Field("quarantine", description="mojibake (wrong text encoding)")
-    inconsistent: Away = Field("keep", description="a different answer to the same question")
-    repeated_lines: Away = Field("keep", description="the same lines or words many times")
-    symbols: Away = Field("keep", description="mostly neither letters nor digits")
-    refusal: Away = Field("keep", description="answers that refuse")
-    cut_off: Away = Field(
+    garbled: RowAction = Field("quarantine", description="mojibake (wrong text encoding)")
+    inconsistent: RowAction = Field("keep", description="a different answer to the same question")
+    repeated_lines: RowAction = Field("keep", description="the same lines or words many times")
+    symbols: RowAction = Field("keep", description="mostly neither letters nor digits")
+    refusal: RowAction = Field("keep", description="answers that refuse")
+    cut_off: RowAction = Field(
         "keep", description="answers that end in the middle of a sentence or of code"
     )
-    short: Away = Field("keep", description="answers shorter than 10 characters")
-    long: Away = Field("keep", description="answers longer than 4,096 characters")
-    overlong: Away = Field(
+    short: RowAction = Field("keep", description="answers shorter than 10 characters")
+    long: RowAction = Field("keep", description="answers longer than 4,096 characters")
+    overlong: RowAction = Field(
         "keep",
         description="more tokens than `sequence_length`; `cpt` loses nothing of such a row",
     )
-    special_tokens: Away = Field(
+    special_tokens: RowAction = Field(
         "keep", description="text with special tokens of the base, such as `<|im_end|>`"
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dtrain.config.methods.patterns import match_names
 from dtrain.core.errors import Exit, UserError
+from dtrain.core.stage_dir import ADAPTER_CONFIG
 from dtrain.core.weight_files import PEFT_PREFIX
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter_tensors import AdapterFile, AdapterTensors, vera_as_lora
@@ -25,7 +26,7 @@ from dtrain.merge.weight_delta import (
     check_config,
     layer_from_config,
 )
-from dtrain.models.peft_format import CONFIG, read_adapter_config
+from dtrain.models.peft_format import read_adapter_config
 from dtrain.models.stored_tensors import row_blocks
 
 EXPERT_TENSORS = 4  # kept: A and B of two parameters
@@ -58,7 +59,7 @@ class MergeableAdapter:
     def __init__(
         self, config: dict[str, Any], tensors: AdapterTensors, base: BaseTensors, where: Path
     ) -> None:
-        check_config(config, where / CONFIG)
+        check_config(config, where / ADAPTER_CONFIG)
         if config["peft_type"] == "VERA":
             config, tensors = vera_as_lora(config, tensors, base, str(where))
         self.where, self.config, self.tensors = str(where), config, tensors
@@ -79,8 +80,8 @@ class MergeableAdapter:
     @classmethod
     def open(cls, folder: Path, base: BaseTensors) -> MergeableAdapter:
         """Open a folder in PEFT layout, to merge it into this base."""
-        if not (folder / CONFIG).is_file():
-            message = f"no {CONFIG} in it" if folder.is_dir() else "there is no such folder"
+        if not (folder / ADAPTER_CONFIG).is_file():
+            message = f"no {ADAPTER_CONFIG} in it" if folder.is_dir() else "there is no such folder"
             raise UserError(
                 message, where=str(folder), fix="give an adapter's folder in PEFT layout"
             )
@@ -257,8 +258,8 @@ class MergeableAdapter:
             experts = len({part.expert for part in parts})
         if len(a) != 2 or not experts or [a[0], b[1]] != [r * experts] * 2:
             raise UserError(
-                f"{parameter} has {experts} experts in the base; {CONFIG} says rank {r}, A is {a}, "
-                f"B is {b}",
+                f"{parameter} has {experts} experts in the base; {ADAPTER_CONFIG} says rank {r}, "
+                f"A is {a}, B is {b}",
                 where=self.where,
                 fix="merge into the base that the adapter was trained on",
             )
@@ -319,7 +320,7 @@ class MergeableAdapter:
         where = self.where
         if len(a) < 2 or len(a) != len(b) or a[0] != b[1] or layer.r not in (None, a[0]):
             raise UserError(
-                f"ranks of {name} disagree: {CONFIG} says {layer.r}, A is {a}, B is {b}",
+                f"ranks of {name} disagree: {ADAPTER_CONFIG} says {layer.r}, A is {a}, B is {b}",
                 where=where,
             )
         product = [a[1], b[0]] if transposed else [b[0], a[1], *a[2:]]

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dtrain.core.errors import UserError
 from dtrain.core.hashes import file_hash, fingerprint
+from dtrain.core.stage_dir import ADAPTER_CONFIG
 from dtrain.core.weight_files import PEFT_PREFIX
 from dtrain.merge.base_tensors import BaseTensors
-from dtrain.models.peft_format import CONFIG, WEIGHTS, file_keys
+from dtrain.models.peft_format import WEIGHTS, file_keys
 from dtrain.models.vera import projections
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -66,7 +67,7 @@ class AdapterFile:
 
     def fingerprint(self) -> str:
         """Return a hash of the folder's two files."""
-        paths = (self._path.with_name(name) for name in (CONFIG, WEIGHTS))
+        paths = (self._path.with_name(name) for name in (ADAPTER_CONFIG, WEIGHTS))
         return fingerprint({path.name: file_hash(path) for path in paths})
 
     def _open(self) -> Any:

@@ -25,7 +25,7 @@ from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.log import progress
 from dtrain.core.run_dir import RunDir
-from dtrain.core.stage_dir import MERGE_MANIFEST, read_merge_manifest
+from dtrain.core.stage_dir import ADAPTER_CONFIG, MERGE_MANIFEST, read_merge_manifest
 from dtrain.core.weight_files import PEFT_PREFIX
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter_tensors import AdapterFile
@@ -33,7 +33,6 @@ from dtrain.merge.weight_delta import check_config, layer_from_config
 from dtrain.models.peft_format import (
     CHAT_TEMPLATE,
     COMBINED,
-    CONFIG,
     GENERATION,
     WEIGHTS,
     AdapterOrigin,
@@ -107,7 +106,7 @@ def combine_adapters(
     }
     with atomic_folder(out) as target:
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-        write_json(target / CONFIG, config)
+        write_json(target / ADAPTER_CONFIG, config)
         write_json(target / COMBINED, record)
         for folder in (first, second):  # of a file that both have, the second's
             for name in (CHAT_TEMPLATE, GENERATION):
@@ -125,14 +124,14 @@ def _run_of(adapter: Path) -> Path:
 
 def _plain_config(folder: Path) -> dict[str, Any]:
     config = read_adapter_config(folder)
-    check_config(config, folder / CONFIG)
+    check_config(config, folder / ADAPTER_CONFIG)
     odd = [key for key in NOT_PLAIN if config.get(key)]
     odd += [config["peft_type"]] * (config["peft_type"] != "LORA")
     odd += ["bias"] * (config.get("bias", "none") != "none")
     if odd:
         raise UserError(
             f"an adapter with {odd[0]} is not a plain sum",
-            where=str(folder / CONFIG),
+            where=str(folder / ADAPTER_CONFIG),
             fix="merge it into its base instead",
         )
     return config

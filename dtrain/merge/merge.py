@@ -19,7 +19,7 @@ from dtrain.core.hardware import workers_that_fit
 from dtrain.core.hash_cache import file_state, lookup_hash, remember_hash
 from dtrain.core.hashes import file_hash, fingerprint
 from dtrain.core.log import progress, say
-from dtrain.core.stage_dir import MERGE_MANIFEST, read_merge_manifest
+from dtrain.core.stage_dir import ADAPTER_CONFIG, MERGE_MANIFEST, read_merge_manifest
 from dtrain.core.units import size
 from dtrain.core.weight_files import INDEX, SINGLE, read_header, weight_files
 from dtrain.merge.base_tensors import (
@@ -33,13 +33,12 @@ from dtrain.merge.merged_model import MergedModel
 from dtrain.merge.provenance import combined_fingerprint
 from dtrain.merge.resumable_dir import ResumableDir
 from dtrain.merge.stream import AddedTensor, ChangeBlocks, rewrite_file
-from dtrain.models.peft_format import CONFIG
 
 # Files other than the weights: config, tokenizer, template, license, the model's code.
 COPIED_PATTERNS = (
     "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "NOTICE*"
 )  # fmt: skip
-NOT_COPIED = (INDEX, MERGE_MANIFEST, CONFIG)
+NOT_COPIED = (INDEX, MERGE_MANIFEST, ADAPTER_CONFIG)
 SPARE_BYTES = 64 << 20
 MAX_SHARDS_AT_ONCE = 8
 SHARD_BYTES = 64 << 20  # a shard being rewritten needs about 20 MB

@@ -18,9 +18,10 @@ from dtrain.config.methods import MethodSettings
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.ownership import share_with_group
+from dtrain.core.stage_dir import ADAPTER_CONFIG
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.methods.base import Method
-from dtrain.models.peft_format import CONFIG, WEIGHTS, file_key
+from dtrain.models.peft_format import WEIGHTS, file_key
 from dtrain.models.token_rows import MARK
 
 Settings = TypeVar("Settings", bound=MethodSettings)
@@ -81,7 +82,9 @@ class AddedMethod(Method[Settings]):
         try:
             with atomic_folder(staging / "new") as target:
                 save_file(stored, target / WEIGHTS, metadata={"format": "pt"})
-                write_json(target / CONFIG, dict(sorted(config.items())) | {"inference_mode": True})
+                write_json(
+                    target / ADAPTER_CONFIG, dict(sorted(config.items())) | {"inference_mode": True}
+                )
                 for name, text in (files or {}).items():
                     (target / name).write_text(text, encoding="utf-8")
             share_with_group(staging / "new", folder.parent)

@@ -17,9 +17,9 @@ from dtrain.config.methods.patterns import compile_pattern
 from dtrain.core.errors import UserError
 from dtrain.core.file_types import Count, Number, check_type
 from dtrain.core.files import read_json
-from dtrain.core.stage_dir import ADAPTER, STAGE_RECORD
+from dtrain.core.stage_dir import ADAPTER, ADAPTER_CONFIG, STAGE_RECORD
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 # Files of an adapter or merged model: its chat template, and the tokens that end an answer.
 CHAT_TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 # Files of a tokenizer with new tokens, next to an adapter that trained them.
@@ -145,15 +145,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, broken, or not an adapter's config.
     """
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"is not an adapter: no {CONFIG} in it", where=str(folder))
-    config = read_json(folder / CONFIG)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"is not an adapter: no {ADAPTER_CONFIG} in it", where=str(folder))
+    config = read_json(folder / ADAPTER_CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise UserError("is not the config of an adapter", where=str(folder / CONFIG))
-    check_type(config, _AdapterConfig, str(folder / CONFIG))
+        raise UserError("is not the config of an adapter", where=str(folder / ADAPTER_CONFIG))
+    check_type(config, _AdapterConfig, str(folder / ADAPTER_CONFIG))
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in config.get(key) or {}:
-            compile_pattern(pattern, str(folder / CONFIG))
+            compile_pattern(pattern, str(folder / ADAPTER_CONFIG))
     return config
 
 

@@ -22,7 +22,7 @@ from dtrain.config.schema import Stage
 from dtrain.core.cache_paths import local_path, user_path
 from dtrain.core.errors import Exit, UserError
 from dtrain.core.log import say, warn
-from dtrain.core.stage_dir import read_merge_manifest
+from dtrain.core.stage_dir import ADAPTER_CONFIG, read_merge_manifest
 from dtrain.core.weight_files import weight_files
 from dtrain.distributed.tensor_utils import all_finite
 from dtrain.merge.adapter_tensors import AdapterFile
@@ -30,7 +30,7 @@ from dtrain.merge.provenance import adapter_origin, expected_bases, model_finger
 from dtrain.merge.weight_delta import INITIALIZATIONS, WITHOUT_EFFECT
 from dtrain.methods.adapter import loadable_config
 from dtrain.methods.saved_modules import saved_buffers
-from dtrain.models.peft_format import CONFIG, adapter_base, file_key, read_adapter_config
+from dtrain.models.peft_format import adapter_base, file_key, read_adapter_config
 from dtrain.models.token_rows import MARK
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _check_settings(folder: Path, model: nn.Module) -> None:
     if lines:
         fix = "write the adapter's settings into the recipe, or start a new adapter"
         what = f"has other settings than the recipe's method: {'; '.join(lines)}"
-        raise UserError(what, where=f"{WHERE}: {folder / CONFIG}", fix=fix)
+        raise UserError(what, where=f"{WHERE}: {folder / ADAPTER_CONFIG}", fix=fix)
 
 
 def _plain(content: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dtrain.core.cache_paths import hub_id, local_path, sample_name, user_path
 from dtrain.core.check_report import CheckReport
 from dtrain.core.errors import UserError
 from dtrain.core.run_dir import RunDir
+from dtrain.core.stage_dir import ADAPTER_CONFIG
 from dtrain.core.weight_files import read_header, undownloaded
 from dtrain.data.check_rows import check_rows, data_groups, reads_template
 from dtrain.data.end_of_turn import check_template, closes_turns
@@ -24,7 +25,7 @@ from dtrain.models.check_base import (
     known_tokens,
     open_model,
 )
-from dtrain.models.peft_format import CONFIG, WEIGHTS, read_adapter_config
+from dtrain.models.peft_format import WEIGHTS, read_adapter_config
 from dtrain.planning.architectures import shape_of
 from dtrain.planning.check_methods import check_methods, check_names
 from dtrain.planning.known_models import check_trainable, fetch_command, find_config
@@ -161,6 +162,6 @@ def _check_initial_adapter(stage: Stage) -> None:
             name = "alpha" if key == "lora_alpha" else key
             raise UserError(
                 f"{name}: {theirs.get(key)!r} in the adapter, {ours.get(key)!r} here",
-                where=str(folder / CONFIG),
+                where=str(folder / ADAPTER_CONFIG),
                 fix="write the adapter's settings into the recipe, or start a new adapter",
             )

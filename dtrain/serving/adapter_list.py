@@ -11,11 +11,10 @@ from typing import Any
 from dtrain.core.errors import UserError
 from dtrain.core.output import fit
 from dtrain.core.run_dir import RECIPE
-from dtrain.core.stage_dir import ADAPTER
+from dtrain.core.stage_dir import ADAPTER, ADAPTER_CONFIG
 from dtrain.core.units import count, size
 from dtrain.core.weight_files import read_header
 from dtrain.models.peft_format import (
-    CONFIG,
     WEIGHTS,
     AdapterOrigin,
     adapter_base,
@@ -108,13 +107,13 @@ def list_adapters(address: Path) -> list[AdapterInfo]:
     for folder in runs:
         name = folder.relative_to(address)
         listed += [replace(x, name=f"{name}/{x.name}") for x in _of_run(open_run(folder))]
-    folders = [path.parent for path in sorted(address.rglob(CONFIG))]
+    folders = [path.parent for path in sorted(address.rglob(ADAPTER_CONFIG))]
     return listed + [read_adapter(x) for x in folders if not any(x.is_relative_to(r) for r in runs)]
 
 
 def _of_run(run: ServedRun) -> Iterator[AdapterInfo]:
     for stage in run.recipe.stages:
-        if (run.adapter(stage) / CONFIG).is_file():
+        if (run.adapter(stage) / ADAPTER_CONFIG).is_file():
             yield read_adapter(run.adapter(stage), run.base_of(stage), stage.adapter_name)
     for folder in run.extra_adapters():
         yield read_adapter(folder, base=run.base)

@@ -14,8 +14,9 @@ from dtrain.core.cache_paths import hub_id
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_object
 from dtrain.core.lazy_import import LazyModule
+from dtrain.core.stage_dir import ADAPTER_CONFIG
 from dtrain.models.check_base import find_model
-from dtrain.models.peft_format import BOTTLENECK, CHAT_TEMPLATE, CONFIG, GENERATION
+from dtrain.models.peft_format import BOTTLENECK, CHAT_TEMPLATE, GENERATION
 from dtrain.serving.adapter_list import AdapterInfo, read_adapter
 from dtrain.serving.run_models import ServedRun
 from dtrain.serving.vllm import command, max_rank, refusals, stored_codes
@@ -223,5 +224,5 @@ def _stop_notes(folder: Path) -> Iterator[str]:
     known = read_object(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     if texts := known.get("stop_strings"):
         yield f"An answer ends with one of these texts, to send as `stop`: {texts}."
-    if (folder / CONFIG).is_file() and (folder / CHAT_TEMPLATE).is_file():
+    if (folder / ADAPTER_CONFIG).is_file() and (folder / CHAT_TEMPLATE).is_file():
         yield f"Conversations have the chat template of the file {CHAT_TEMPLATE}."

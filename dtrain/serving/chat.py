@@ -10,8 +10,8 @@ from transformers import TextStreamer
 from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
 from dtrain.core.output import wrapped
+from dtrain.core.stage_dir import ADAPTER_CONFIG
 from dtrain.data.conversations import Messages
-from dtrain.models.peft_format import CONFIG
 from dtrain.serving.generator import TextGenerator
 from dtrain.serving.run_models import ServedModel, served_adapter
 
@@ -92,7 +92,7 @@ def chosen(choices: Mapping[str, ServedModel], name: str) -> ServedModel:
     if name in choices:
         return choices[name]
     folder = user_path(name)
-    if (folder / CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         first = next(iter(choices.values()))
         return served_adapter(folder, first.base, first.template)
     fix = f"one of {', '.join(choices)}, or an adapter's folder"

@@ -22,6 +22,7 @@ from dtrain.config.schema import Model
 from dtrain.core.cache_paths import sample_name
 from dtrain.core.coded_tensors import coded_formats, file_tensors
 from dtrain.core.errors import UserError
+from dtrain.core.stage_dir import ADAPTER_CONFIG
 from dtrain.core.weight_files import read_header
 from dtrain.data.chat_templates import answering_template, render_prompt
 from dtrain.data.conversations import Conversation, Messages
@@ -33,7 +34,7 @@ from dtrain.models.generation import Decoding, generate_texts
 from dtrain.models.hub import base_folder
 from dtrain.models.load import load_base, load_config, resolve_dtype
 from dtrain.models.meta_model import build_meta_model
-from dtrain.models.peft_format import BOTTLENECK, CONFIG, WEIGHTS, file_keys, read_adapter_config
+from dtrain.models.peft_format import BOTTLENECK, WEIGHTS, file_keys, read_adapter_config
 from dtrain.models.sharded_loading import stream_base
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.objectives.base import adapters_disabled
@@ -241,7 +242,7 @@ def _with_plain_keys(folder: Path) -> Iterator[Path]:
         yield folder
         return
     with TemporaryDirectory() as copy:
-        shutil.copyfile(folder / CONFIG, Path(copy) / CONFIG)
+        shutil.copyfile(folder / ADAPTER_CONFIG, Path(copy) / ADAPTER_CONFIG)
         tensors = load_file(folder / WEIGHTS)
         save_file({key: tensors[name] for key, name in stored.items()}, Path(copy) / WEIGHTS)
         yield Path(copy)

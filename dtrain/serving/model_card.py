@@ -28,8 +28,8 @@ from dtrain.core.errors import UserError
 from dtrain.core.files import read_text, write_atomic
 from dtrain.core.output import printable
 from dtrain.core.run_dir import RECIPE
-from dtrain.core.stage_dir import STAGE_RECORD
-from dtrain.models.peft_format import CONFIG, read_adapter_config
+from dtrain.core.stage_dir import ADAPTER_CONFIG, STAGE_RECORD
+from dtrain.models.peft_format import read_adapter_config
 from dtrain.monitoring.run_record import RunRecord, describe_used, read_run
 from dtrain.serving.card_training import environment_text, held_out_table, settings_text, stage_row
 from dtrain.serving.card_usage import Usage, adapter_usage, model_usage
@@ -68,7 +68,7 @@ def write_stage_cards(run: ServedRun, stage: Stage) -> None:
     adapter, merged = run.adapter(stage), run.merged(stage)
     if adapter.parent.is_symlink():  # reused from another run, whose folder stays as it is
         return
-    if (adapter / CONFIG).is_file():
+    if (adapter / ADAPTER_CONFIG).is_file():
         write_card(adapter, adapter_card(run, stage))
     if run.has_merged(stage):
         write_card(merged, merged_card(run, stage, merged))

@@ -16,11 +16,10 @@ from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import json_text, read_json, read_sealed, read_text
 from dtrain.core.folder_kind import FolderKind, folder_kind
 from dtrain.core.hashes import file_hash
-from dtrain.core.stage_dir import ADAPTER, MERGE_MANIFEST, StageDir
+from dtrain.core.stage_dir import ADAPTER, ADAPTER_CONFIG, MERGE_MANIFEST, StageDir
 from dtrain.models.peft_format import (
     CHAT_TEMPLATE,
     COMBINED,
-    CONFIG,
     GENERATION,
     NEW_TOKENIZER_FILES,
     WEIGHTS,
@@ -31,7 +30,7 @@ from dtrain.serving.card_usage import PLACEHOLDER
 from dtrain.serving.model_card import README, adapter_card, merged_card
 from dtrain.serving.run_models import ServedRun, open_run
 
-ADAPTER_FILES = (WEIGHTS, CONFIG, CHAT_TEMPLATE, GENERATION, COMBINED, *NEW_TOKENIZER_FILES)
+ADAPTER_FILES = (WEIGHTS, ADAPTER_CONFIG, CHAT_TEMPLATE, GENERATION, COMBINED, *NEW_TOKENIZER_FILES)
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -88,7 +87,7 @@ def _of_run(run: ServedRun, name: str | None, adapter: bool) -> Result:
 
 def _adapter_of(run: ServedRun, stage: Stage, hashes: dict[str, str]) -> Result:
     folder = run.adapter(stage)
-    if not (folder / CONFIG).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         message = f"stage {stage.name} has no adapter"
         raise UserError(message, where=str(folder.parent), fix="leave --adapter out")
     for name, digest in hashes.items():
@@ -120,7 +119,7 @@ def uploads(result: Result, repo: str) -> dict[str, Path | bytes]:
         names = [name for name in read_json(manifest)["files"] if Path(name).name == name]
         names.append(MERGE_MANIFEST)
     files: dict[str, Path | bytes] = {name: result.folder / name for name in sorted(names)}
-    for name in (CONFIG, MERGE_MANIFEST, COMBINED):
+    for name in (ADAPTER_CONFIG, MERGE_MANIFEST, COMBINED):
         if name in files:
             files[name] = _public_record(result.folder / name)
     if result.card:
@@ -131,7 +130,7 @@ def uploads(result: Result, repo: str) -> dict[str, Path | bytes]:
 def _public_record(path: Path) -> bytes:
     """A JSON file of a result, without the folders of this machine."""
     content = without_folders(read_json(path))
-    if path.name == CONFIG and is_local_base(path.parent):
+    if path.name == ADAPTER_CONFIG and is_local_base(path.parent):
         content["base_model_name_or_path"] = None
     return json_text(content).encode()
 

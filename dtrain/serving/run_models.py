@@ -17,14 +17,8 @@ from dtrain.core.files import read_json
 from dtrain.core.folder_kind import FolderKind, folder_kind
 from dtrain.core.hashes import file_hash
 from dtrain.core.run_dir import BASE_MODEL, RunDir
-from dtrain.core.stage_dir import ADAPTER, MERGE_MANIFEST, read_merge_manifest
-from dtrain.models.peft_format import (
-    CHAT_TEMPLATE,
-    CONFIG,
-    WEIGHTS,
-    adapter_base,
-    read_adapter_origin,
-)
+from dtrain.core.stage_dir import ADAPTER, ADAPTER_CONFIG, MERGE_MANIFEST, read_merge_manifest
+from dtrain.models.peft_format import CHAT_TEMPLATE, WEIGHTS, adapter_base, read_adapter_origin
 from dtrain.monitoring.run_files import Lineage
 
 
@@ -94,7 +88,7 @@ class ServedRun:
 
     def extra_adapters(self) -> list[Path]:
         """Adapters right in the run folder, such as combined ones."""
-        return sorted(path.parent for path in self.folder.glob(f"*/{CONFIG}"))
+        return sorted(path.parent for path in self.folder.glob(f"*/{ADAPTER_CONFIG}"))
 
     def choices(self) -> dict[str, ServedModel]:
         """What can answer, by name: the base, the extras, then each stage that is there.
@@ -125,7 +119,7 @@ class ServedRun:
             template = trained_template([self.merged(stage)], self.recipe.chat_template)
             merged = ServedModel(str(self.merged(stage)), template=template)
             return merged if self.has_merged(stage) else None
-        if not (self.adapter(stage) / CONFIG).is_file():
+        if not (self.adapter(stage) / ADAPTER_CONFIG).is_file():
             return None
         quantized, first = stage.method.traits.quantizes_base, self.recipe.parent_of(stage) is None
         base, folders = self.base_of(stage), [self.adapter(stage)]
@@ -163,7 +157,7 @@ def served_adapter(folder: Path, base: str | None = None, template: str = "auto"
     if not base:
         raise UserError(
             "does not say which base it belongs to",
-            where=str(folder / CONFIG),
+            where=str(folder / ADAPTER_CONFIG),
             fix="name the model, and this folder as --adapter",
         )
     template = trained_template([folder], template)

@@ -15,8 +15,9 @@ from pathlib import Path
 from dtrain.core.cache_paths import cache_folder, hub_id, hub_snapshot, local_path
 from dtrain.core.files import read_object, read_text, write_atomic
 from dtrain.core.hashes import fingerprint
+from dtrain.core.stage_dir import ADAPTER_CONFIG
 from dtrain.launching.commands import quote
-from dtrain.models.peft_format import CHAT_TEMPLATE, CONFIG, GENERATION
+from dtrain.models.peft_format import CHAT_TEMPLATE, GENERATION
 from dtrain.serving.adapter_list import AdapterInfo, list_adapters
 from dtrain.serving.run_models import ServedRun, trained_template
 
@@ -172,7 +173,7 @@ def _chat_options(run: ServedRun, folders: Sequence[Path]) -> list[tuple[str, ..
     templates = [run.merged(stage) / CHAT_TEMPLATE for stage in run.recipe.stages]
     if template not in ("auto", "instruction", *map(str, templates)):
         options.append(("--chat-template", str(_template_file(local_path(template)))))
-    ends = [folder for folder in folders if (folder / CONFIG).is_file()]
+    ends = [folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()]
     ends = [folder for folder in ends if (folder / GENERATION).is_file()]
     if ends:
         options.append(("--generation-config", str(ends[-1])))

@@ -15,9 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.methods import Lora
 from dtrain.core.errors import UserError
+from dtrain.core.stage_dir import ADAPTER_CONFIG
 from dtrain.merge.provenance import model_fingerprint
 from dtrain.methods.base import build_method
-from dtrain.models.peft_format import CONFIG, WEIGHTS
+from dtrain.models.peft_format import WEIGHTS
 from dtrain.pipeline.initial_adapter import open_initial_adapter
 
 OURS = {"kind": "lora", "r": 4, "alpha": 6.0, "modules_to_save": ["model.norm"]}
@@ -111,8 +112,8 @@ def test_adapter_of_another_base_is_refused(base: Path, adapter: Path, tmp_path:
     torch.manual_seed(1)
     config = LlamaConfig.from_pretrained(base)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
-    content = json.loads((adapter / CONFIG).read_text())
+    content = json.loads((adapter / ADAPTER_CONFIG).read_text())
     path = str(tmp_path / "other")
-    (adapter / CONFIG).write_text(json.dumps(content | {"base_model_name_or_path": path}))
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps(content | {"base_model_name_or_path": path}))
     with pytest.raises(UserError, match="was trained on another base"):
         opened(base, adapter)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from dtrain.core.run_dir import BASE_MODEL
+from dtrain.core.stage_dir import ADAPTER_CONFIG
 from dtrain.merge.combine_adapters import combine_adapters
-from dtrain.models.peft_format import CONFIG, adapter_base, base_reference
+from dtrain.models.peft_format import adapter_base, base_reference
 from dtrain.serving.adapter_list import list_adapters
 from dtrain.serving.run_models import served_models
 
@@ -19,7 +20,7 @@ LAYERS = {"model.layers.0.self_attn.q_proj": (8, 8)}
 
 
 def named_base(adapter: Path) -> str:
-    return json.loads((adapter / CONFIG).read_text())["base_model_name_or_path"]
+    return json.loads((adapter / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
 
 
 @pytest.mark.parametrize(
