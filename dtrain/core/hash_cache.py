@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtrain.core.cache_paths import cache_folder
@@ -20,25 +20,35 @@ from dtrain.core.locks import FolderLock
 
 CACHE_FROM_BYTES = 1 << 24  # hashing a smaller file is as fast as looking up its hash
 SETTLED_SECONDS = 2.0  # a younger file may change again within the resolution of its times
-FileState = list[int]
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What changes when a file's content does.
+
+    Attributes:
+        values: inode, size, and the times of the last change of the content and of any kind. Unlike
+            the first, the second cannot be set, so a copy that preserves times (`cp -p`,
+            `rsync -t`) is not mistaken for the file that it overwrote.
+        settled: any change after this state was read gives another one.
+    """
+
+    values: tuple[int, ...]
+    settled: bool = field(compare=False)
 
 
 def file_state(path: Path) -> FileState:
-    """Return what changes when a file's content does: inode, size and times.
-
-    The time of the last change of any kind comes last: unlike the time of the content, it cannot be
-    set, so a copy that preserves times (`cp -p`, `rsync -t`) is not mistaken for the file that it
-    overwrote.
-    """
-    status = path.stat()
-    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    """Return a file's state now."""
+    now, status = time.time(), path.stat()
+    values = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return FileState(values, settled=now - status.st_ctime_ns / 1e9 > SETTLED_SECONDS)
 
 
 def lookup_hash(path: Path) -> str | None:
     """Return a file's hash if it is cached."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         entry = json.loads(_entry_path(path).read_text(encoding="utf-8"))
-        if entry["state"] == file_state(path):
+        if entry["state"] == list(file_state(path).values):
             return str(entry["blake3"])
     return None
 
@@ -50,9 +60,8 @@ def remember_hash(path: Path, digest: str, state: FileState, *, written_here: bo
         state: of the file before it was read.
         written_here: this process wrote the file, so no later change can have gone unnoticed.
     """
-    settled = written_here or _is_settled(state)
-    if settled and state == file_state(path):
-        entry = {"file": str(path.resolve()), "state": state, "blake3": digest}
+    if (written_here or state.settled) and state == file_state(path):
+        entry = {"file": str(path.resolve()), "state": state.values, "blake3": digest}
         with suppress(OSError):  # the cache only saves time
             write_atomic(_entry_path(path), json.dumps(entry))
 
@@ -80,13 +89,11 @@ class FileIdentity:
     Attributes:
         digest: hash of the content.
         state: as `file_state` returns it.
-        settled: any change after that moment shows in the state.
     """
 
     path: Path
     digest: str
-    state: tuple[int, ...]
-    settled: bool
+    state: FileState
 
     @classmethod
     def of(cls, path: Path) -> FileIdentity:
@@ -101,7 +108,7 @@ class FileIdentity:
             digest = cached_hash(path) if large else file_hash(path)
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from error
-        return cls(path, digest, tuple(state), _is_settled(state))
+        return cls(path, digest, state)
 
     def check_unchanged(self, name: str, *, again: bool = False) -> None:
         """Check that the file is the one that was hashed.
@@ -114,18 +121,14 @@ class FileIdentity:
             UserError: it was changed, replaced or removed.
         """
         try:
-            same = tuple(file_state(self.path)) == self.state
-            if same and again and not self.settled:
+            same = file_state(self.path) == self.state
+            if same and again and not self.state.settled:
                 same = file_hash(self.path) == self.digest
         except OSError:
             same = False
         if not same:
             fix = "wait until the file is written, then start again"
             raise UserError("the file changed while it was read", where=name, fix=fix)
-
-
-def _is_settled(state: FileState) -> bool:
-    return time.time() - state[-1] / 1e9 > SETTLED_SECONDS
 
 
 def _entry_path(path: Path) -> Path:

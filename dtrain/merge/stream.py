@@ -70,10 +70,10 @@ def rewrite_file(
         Hashes of the source and of the target.
 
     Raises:
-        UserError: a new value is not finite, or the source shrinks while it is read.
+        UserError: a new value is not finite, or the source changes while it is read.
     """
     entries, header = read_header(source)
-    source_hash, state = lookup_hash(source), file_state(source)
+    state, source_hash = file_state(source), lookup_hash(source)
     here = {name: tensor for name, tensor in (added or {}).items() if tensor.old.path == source}
     new_layout = bool(here) or not entries.keys().isdisjoint(dropped)
     changed = new_layout or not changes.keys().isdisjoint(entries)
@@ -102,6 +102,8 @@ def rewrite_file(
     if source_hash is None:
         source_hash = before if changed else after
         remember_hash(source, source_hash, state)
+    elif file_state(source) != state:  # the hash is not of what was read
+        raise UserError("changed while it was read", where=str(source))
     return source_hash, after
 
 

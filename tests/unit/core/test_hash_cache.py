@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from dtrain.core import hash_cache
-from dtrain.core.hash_cache import cached_hash, file_state, lookup_hash, remember_hash
+from dtrain.core.hash_cache import (
+    FileIdentity,
+    cached_hash,
+    file_state,
+    lookup_hash,
+    remember_hash,
+)
 from dtrain.core.hashes import file_hash
 
 
@@ -48,6 +55,26 @@ def test_hash_of_a_just_written_file_is_not_cached(
     assert lookup_hash(file) is None
     remember_hash(file, "of what was written here", file_state(file), written_here=True)
     assert lookup_hash(file) == "of what was written here"
+
+
+def test_file_that_was_young_when_it_was_read_stays_young(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have changed after its state was read, with the same time; hashing takes longer."""
+    monkeypatch.setattr(hash_cache, "SETTLED_SECONDS", 3600)
+    seconds, of_content = time.time(), hash_cache.file_hash
+
+    def take_hours(path: Path) -> str:
+        monkeypatch.setattr(time, "time", lambda: seconds + 7200)
+        return of_content(path)
+
+    monkeypatch.setattr(hash_cache, "file_hash", take_hours)
+    identity = FileIdentity.of(file)
+    assert not identity.state.settled
+    monkeypatch.setattr(time, "time", lambda: seconds)
+    cached_hash(file)
+    assert time.time() > seconds and lookup_hash(file) is None
+    assert FileIdentity.of(file).state.settled
 
 
 def test_hash_of_a_file_changed_during_the_read_is_not_cached(file: Path) -> None:

@@ -510,6 +510,24 @@ def test_mismatched_base_is_reported_before_the_merge(
     assert not (base.parent / ".out.making").exists()
 
 
+def test_base_that_changes_after_its_hash_was_looked_up_is_reported(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = weight_files(base)[0]
+    remember_hash(path, file_hash(path), file_state(path), written_here=True)
+    lookup = stream.lookup_hash
+
+    def change_after_lookup(source: Path) -> str | None:
+        digest = lookup(source)
+        with open(source, "ab") as file:
+            file.write(b"x")
+        return digest
+
+    monkeypatch.setattr(stream, "lookup_hash", change_after_lookup)
+    with pytest.raises(UserError, match="changed while it was read"):
+        merge_adapter(base, adapter)
+
+
 def test_missing_folder_is_reported(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
         merge_adapter(base, tmp_path / "nowhere")
