@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,8 @@ def warn(message: str) -> None:
 class Meter:
     """Progress of a long operation: a bar and the time left on a terminal, some lines in a log.
 
+    Several threads may advance it.
+
     Args:
         scope: what the time left is that of, such as " in this stage".
         after: units of work, of the same size, of the later stages.
@@ -98,21 +101,23 @@ class Meter:
         self._bar, self._start_done, self._started = bar, done, time.monotonic()
         self._last_line = self._started
         self._task: TaskID | None = None
+        self._lock = threading.Lock()
         if bar is not None:
             self._task = bar.add_task(title, total=self.total, completed=done, left="", details="")
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Count `amount` more units as done; `note` is printed next to the progress."""
-        self.done += amount
-        if self._bar is not None and self._task is not None:
-            left = self.time_left()
-            details = "\n".join(filter(None, (left if self.scope else "", note)))
-            left = "" if self.scope else left
-            self._bar.update(self._task, advance=amount, left=left, details=details)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
-            self._last_line = time.monotonic()
-            line = f"{self.title}: {self.done}/{self.total}, {self.time_left()}  {note}"
-            _print(_with_time(line.rstrip()))
+        with self._lock:
+            self.done += amount
+            if self._bar is not None and self._task is not None:
+                left = self.time_left()
+                details = "\n".join(filter(None, (left if self.scope else "", note)))
+                left = "" if self.scope else left
+                self._bar.update(self._task, advance=amount, left=left, details=details)
+            elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
+                self._last_line = time.monotonic()
+                line = f"{self.title}: {self.done}/{self.total}, {self.time_left()}  {note}"
+                _print(_with_time(line.rstrip()))
 
     def time_left(self) -> str:
         """The time left of this operation, and of what follows it."""

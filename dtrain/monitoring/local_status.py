@@ -122,11 +122,15 @@ def stop_local(folder: Path) -> str:
     """
     run, lock = RunDir(folder), FolderLock(folder)
     run.check_exists()
-    if not lock.is_held():
-        return "no job or process of this run is waiting or running"
+    over = "no job or process of this run is waiting or running"
     process, holder = lock.holder_here(), lock.holder()
     if process is not None:
-        os.kill(process, signal.SIGTERM)
-    else:  # of another machine, or of a user whose processes are hidden
+        try:
+            os.kill(process, signal.SIGTERM)
+        except ProcessLookupError:  # it has just ended
+            return over
+    elif lock.is_held():  # of another machine, or of a user whose processes are hidden
         write_atomic(run.stop, "")
+    else:
+        return over
     return f"{holder} was asked to save and stop; dtrain status {folder} shows the end"

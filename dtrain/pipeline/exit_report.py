@@ -21,7 +21,7 @@ from dtrain.core.run_dir import FolderIdentity, RunDir, read_exit_report
 from dtrain.monitoring.starts import record_end, start_id
 
 OUTCOMES = {Exit.FINISHED: "finished", Exit.INTERRUPTED: "interrupted"}
-WAIT_SECONDS = 2.0
+WAIT_SECONDS = 10.0  # the first rank closes its callbacks before it writes its report
 POLL_SECONDS = 0.05
 WRITE_TRIES = 5
 

@@ -42,7 +42,8 @@ class BackgroundTracker(Tracker):
     def __init__(self, name: str, open_run: Callable[[], TrackerRun]) -> None:
         self._name, self._open_run = name, open_run
         self._queue: Queue[Callable[[TrackerRun], None] | None] = Queue(QUEUE_RECORDS)
-        self._is_over, self._lock = False, threading.Lock()
+        self._is_closing = self._is_over = False
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
@@ -63,7 +64,8 @@ class BackgroundTracker(Tracker):
             self._give_up("does not answer")
 
     def close(self) -> None:
-        with suppress(Full):
+        self._is_closing = True
+        with suppress(Full):  # then the thread does not wait, and sees the flag
             self._queue.put_nowait(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
@@ -72,8 +74,9 @@ class BackgroundTracker(Tracker):
     def _work(self) -> None:
         try:
             run = self._open_run()
-            while (record := self._queue.get()) is not None:
-                record(run)
+            while not (self._is_closing and self._queue.empty()):
+                if (record := self._queue.get()) is not None:
+                    record(run)
             run.close()
         except (Exception, SystemExit) as error:  # of a client, which may be anything
             self._give_up(first_line(error))

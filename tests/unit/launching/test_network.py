@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 from collections import namedtuple
 
 import psutil
@@ -11,7 +12,7 @@ import pytest
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from dtrain.core.errors import UserError
-from dtrain.launching import preflight
+from dtrain.launching import node_probe, preflight
 from dtrain.launching.network import (
     address_of,
     own_address,
@@ -77,6 +78,34 @@ def test_bandwidth_is_measured_over_ipv4_and_ipv6(address: str) -> None:
         pytest.skip("this machine has no IPv6")
     link = measure(address, LinkServer(address).port)
     assert "problem" not in link and link["megabytes_per_second"] > 0
+
+
+@pytest.mark.parametrize("pings", [2, node_probe.PINGS])
+def test_node_that_closes_the_connection_is_a_problem_of_that_link(pings: int) -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        connection, _ = server.accept()
+        with connection:
+            for _ in range(pings):
+                connection.recv(1)
+                connection.sendall(bytes(8))
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(1 << 20):
+                pass
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    link = measure("127.0.0.1", server.getsockname()[1])
+    thread.join()
+    assert link == {"problem": "the other node closed the connection"}
+
+
+def test_one_stall_does_not_make_a_link_slow(monkeypatch) -> None:
+    speeds = iter([1e6, 5e8])
+    monkeypatch.setattr(node_probe, "_send", lambda link: next(speeds))
+    link = measure("127.0.0.1", LinkServer("127.0.0.1").port)
+    assert link["megabytes_per_second"] == 500
 
 
 def has_ipv6() -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.core.errors import UserError
+from dtrain.core.locks import FolderLock
 from dtrain.core.run_dir import RunDir
 from dtrain.monitoring.local_status import follow_local, local_status, stop_local
 
@@ -61,6 +62,22 @@ def test_a_running_run_is_named_and_stopped(tmp_path, holder) -> None:
     assert "no end recorded" in local_status(tmp_path / "run")[-1]
     assert "ended without a report" in local_status(tmp_path / "run")[0]
     assert stop_local(tmp_path / "run").startswith("no job or process")
+
+
+def test_a_run_that_ends_before_it_is_signaled_is_over(tmp_path, holder, monkeypatch) -> None:
+    assert holder.stdout.readline() == "held\n"
+    (tmp_path / "run" / "recipe.yaml").write_text("name: x\n")
+    holder_here = FolderLock.holder_here
+
+    def end_after(lock: FolderLock) -> int | None:
+        process = holder_here(lock)
+        holder.kill()
+        holder.wait()
+        return process
+
+    monkeypatch.setattr(FolderLock, "holder_here", end_after)
+    assert stop_local(tmp_path / "run").startswith("no job or process")
+    assert not (tmp_path / "run" / "stop").exists()
 
 
 def test_a_process_that_cannot_be_signaled_is_stopped_by_a_file(tmp_path, holder) -> None:

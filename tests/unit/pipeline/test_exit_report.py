@@ -45,6 +45,29 @@ def test_failure_of_another_start_is_ignored(monkeypatch, tmp_path) -> None:
     assert later.fail(Exit.CRASHED, "a bug") == Exit.CRASHED
 
 
+def test_same_error_of_all_ranks_is_reported_once_if_the_first_rank_is_late(
+    monkeypatch, tmp_path, capsys
+) -> None:
+    """The first rank closes its trackers and syncs its report first."""
+    run, seconds = RunDir(tmp_path), 0.0
+    first = report_of(monkeypatch, run, 0, "a")
+    second = report_of(monkeypatch, run, 1, "a")
+
+    def sleep(duration: float) -> None:
+        nonlocal seconds
+        seconds += duration
+        if seconds > 8 and not run.exit_report.exists():
+            monkeypatch.setenv("RANK", "0")
+            first.fail(Exit.USER_ERROR, "error: of the first rank")
+            monkeypatch.setenv("RANK", "1")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: seconds)
+    assert second.fail(Exit.USER_ERROR, "error: of the second rank") == Exit.USER_ERROR
+    assert "second" not in capsys.readouterr().err
+    assert run.read_exit_report()["reason"] == "of the first rank"
+
+
 @pytest.mark.parametrize("how", ["moved", "deleted", "made again"])
 def test_run_whose_folder_is_not_in_its_place_ends_as_failed(
     monkeypatch, tmp_path, capsys, how: str

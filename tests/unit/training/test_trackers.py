@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -254,6 +255,45 @@ def test_a_client_that_hangs_is_reported_once(capfd: Any, monkeypatch) -> None:
     tracker._thread.join()
     said = "".join(capfd.readouterr())
     assert said.count("service: does not answer") == 1 and "no route to host" not in said
+
+
+class HangsUntilClosed:
+    """A run whose client answers once the trainer has asked to close, with a full queue."""
+
+    def __init__(self) -> None:
+        self.entered, self.answer = threading.Event(), threading.Event()
+        self.steps: list[int] = []
+        self.is_closed = False
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.entered.set()
+        self.answer.wait()
+        self.steps.append(step)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_slow_client_gets_all_that_is_queued_and_is_closed(capfd: Any, monkeypatch) -> None:
+    run = HangsUntilClosed()
+
+    class AnsweringQueue(Queue):
+        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+            try:
+                super().put(item, block, timeout)
+            finally:
+                if item is None:
+                    run.answer.set()
+
+    monkeypatch.setattr(background, "QUEUE_RECORDS", 1)
+    monkeypatch.setattr(background, "Queue", AnsweringQueue)
+    tracker = BackgroundTracker("service", lambda: run)
+    tracker.log_metrics(0, METRICS)
+    run.entered.wait()
+    tracker.log_metrics(1, METRICS)
+    tracker.close()
+    assert run.is_closed and run.steps == [0, 1]
+    assert "service" not in "".join(capfd.readouterr())
 
 
 def test_only_finite_numbers_are_sent() -> None:
