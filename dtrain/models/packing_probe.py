@@ -65,7 +65,7 @@ class ProbeSequence:
 
     Attributes:
         input_ids, position_ids: int64 [1, T].
-        predict: int64 [T], every position.
+        target_positions: int64 [T], every position.
     """
 
     input_ids: Tensor

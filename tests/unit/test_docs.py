@@ -1,7 +1,8 @@
-"""Files, tests and floors named in the documentation exist."""
+"""Files, tests, floors and parameters named in the documentation exist."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -91,6 +92,41 @@ def test_readme_explains_every_exit_status() -> None:
     page = (ROOT / "README.md").read_text("utf-8")
     table = page.partition("| exit status |")[2].partition("\n\n")[0]
     assert [int(status) for status in re.findall(r"^\| (\d+) \|", table, re.M)] == sorted(Exit)
+
+
+def documented(node: ast.FunctionDef | ast.ClassDef, section: str) -> set[str]:
+    """Names that a section of a docstring describes, such as `nodes, ranks: how many.`"""
+    text = (ast.get_docstring(node) or "").partition(f"{section}:\n")[2].partition("\n\n")[0]
+    heads = re.findall(r"^    (\S[^:\n]*):", text, re.MULTILINE)
+    return {name.strip("*") for head in heads for name in head.split(", ")}
+
+
+def parameters(function: ast.FunctionDef) -> set[str]:
+    return {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
+
+
+def attributes(node: ast.ClassDef) -> set[str]:
+    """Fields and methods of a class, and what it sets or reads of `self`."""
+    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    names |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    return names | {n.name for n in ast.walk(node) if isinstance(n, ast.FunctionDef)}
+
+
+def test_docstrings_name_existing_parameters_and_attributes() -> None:
+    wrong, described = [], 0
+    for file in (ROOT / "dtrain").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                inits = [n for n in node.body if getattr(n, "name", "") == "__init__"]
+                known = attributes(node).union(*map(parameters, inits))
+                named = documented(node, "Args") | documented(node, "Attributes")
+            elif isinstance(node, ast.FunctionDef):
+                known, named = parameters(node), documented(node, "Args")
+            else:
+                continue
+            described += len(named)
+            wrong += [f"{file.name}, {node.name}: {name}" for name in named - known]
+    assert described > 1000 and not wrong
 
 
 def guide_table(head: str) -> dict[str, list[str]]:
