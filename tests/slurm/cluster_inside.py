@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 HEAD = "10.99.0.1"
-DAEMON_SECONDS = 20
+DAEMON_SECONDS = 60
 CONF = """\
 ClusterName=dtrain
 SlurmctldHost=head({head})
