@@ -281,7 +281,11 @@ def start(tmp_path: Path, zygote: Zygote) -> Callable[..., str]:
 
 @pytest.fixture
 def start_ranks(tmp_path: Path, zygote: Zygote) -> Iterator[Callable[..., Ranks]]:
-    """Start ranks of `tiny` with overrides; those still running at the end are killed."""
+    """Start ranks of `tiny` with overrides; those still running at the end are killed.
+
+    `dies_at`: a rank kills itself before its rename `dies_at_rename` to a path with this in it. A
+    kill by the test may come too late, when the machine is busy.
+    """
     started: list[Ranks] = []
 
     def start(
@@ -293,8 +297,12 @@ def start_ranks(tmp_path: Path, zygote: Zygote) -> Iterator[Callable[..., Ranks]
         evaluates: bool = True,
         worker: str = "rank_worker",
         worker_arguments: Sequence[str] = (),
+        dies_at: str | None = None,
+        dies_at_rename: int = 1,
     ) -> Ranks:
         run_folder, log = tmp_path / folder, tmp_path / f"log-{len(started)}"
+        if dies_at is not None:
+            env = {**(env or {}), "DIES_AT": dies_at, "DIES_AT_RENAME": str(dies_at_rename)}
         arguments = [*worker_arguments, "tiny", "evaluation.generation={}", "device=cpu"]
         arguments += [*overrides] if evaluates else [*WITHOUT_EVALUATION, *overrides]
         arguments += [f"output.folder={run_folder}", *options]

@@ -135,9 +135,9 @@ def test_killed_it_ends_at_the_same_weights(start_distill, weights) -> None:
     mixed = SETTINGS | {"loss": "jsd", "beta": 0.3}
     settings = {"distill": mixed, "dropout": 0.1, "ranks": 1}
     undisturbed = start_distill(folder="undisturbed", **settings).wait(0)
-    run = start_distill("train.checkpoint_every_steps=1", **settings)
-    run.until(lambda: run.is_at("task", 3))
-    run.kill().wait(-signal.SIGKILL)
+    third_save = "task/checkpoints/step-000003"
+    killed = start_distill("train.checkpoint_every_steps=1", dies_at=third_save, **settings)
+    killed.wait(-signal.SIGKILL)
     run = start_distill("train.checkpoint_every_steps=1", **settings).wait(0)
     assert "resuming from step" in run.output
     assert run.figures() == undisturbed.figures()

@@ -18,6 +18,7 @@ from tests.preference_rows import preference_rows
 
 PAIRS, PACKED_SEQUENCES = 24, 11
 FULL = {"kind": "full"}
+THIRD_SAVE = "task/checkpoints/step-000003"
 Start = Callable[..., Any]
 
 
@@ -88,9 +89,8 @@ def test_packed_and_unpacked_are_the_same(start_pairs) -> None:
 def test_killed_in_a_dpo_stage_it_ends_at_the_same_weights(start_pairs, weights) -> None:
     settings = {"dropout": 0.1, "ranks": 1}
     undisturbed = start_pairs("dpo", folder="undisturbed", **settings).wait(0)
-    run = start_pairs("dpo", "train.checkpoint_every_steps=1", **settings)
-    run.until(lambda: run.is_at("task", 3))
-    run.kill().wait(-signal.SIGKILL)
+    killed = start_pairs("dpo", "train.checkpoint_every_steps=1", dies_at=THIRD_SAVE, **settings)
+    killed.wait(-signal.SIGKILL)
     run = start_pairs("dpo", "train.checkpoint_every_steps=1", **settings).wait(0)
     assert "resuming from step" in run.output
     assert run.figures() == undisturbed.figures()
@@ -143,14 +143,11 @@ def test_killed_while_the_reference_is_computed_and_in_full_training(
     more = {"method": FULL, "ranks": 1}
     caches = no_values("cache"), no_values("other")
     undisturbed = start_pairs("dpo", *rows, folder="undisturbed", **more, **caches[0]).wait(0)
-    run = start_pairs("dpo", *rows, **more, **caches[1])
-    run.until(lambda: value_files(caches[1]))
-    run.kill().wait(-signal.SIGKILL)
+    second_file = {"dies_at": "objectives/reference/", "dies_at_rename": 2}
+    start_pairs("dpo", *rows, **second_file, **more, **caches[1]).wait(-signal.SIGKILL)
     first = value_files(caches[1])
     assert len(first) < len(value_files(caches[0]))  # those of the held-out rows are missing
-    run = start_pairs("dpo", *rows, **more, **caches[1])
-    run.until(lambda: run.is_at("task", 3))
-    run.kill().wait(-signal.SIGKILL)
+    start_pairs("dpo", *rows, dies_at=THIRD_SAVE, **more, **caches[1]).wait(-signal.SIGKILL)
     assert first < value_files(caches[1])
     for file in value_files(caches[1]):  # the weights are no longer the reference's
         file.unlink()
