@@ -56,7 +56,7 @@ class Engine(ABC):
         rate_square_sum: of their learning rates, the weights of schedule-free's average.
         kept: what an objective keeps of this rank's parameter shards in checkpoints: parameter →
             kind → 1-D tensor.
-        flops_per_token: of a training step; see `training_flops_per_token`.
+        flops_per_token: of a training step, or None; see `training_flops_per_token`.
         collectives: measures this rank's time in them.
     """
 

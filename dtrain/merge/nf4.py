@@ -23,7 +23,7 @@ from dtrain.core.errors import UserError
 from dtrain.merge.base_tensors import FLOATS, BaseTensors
 from dtrain.models.expert_layers import expert_parameters
 from dtrain.models.load import read_config
-from dtrain.models.meta_model import build_meta_model
+from dtrain.models.meta_model import build_meta_model, unused_parameters
 from dtrain.models.quantize import nf4_layers, pack_natively
 
 CPU = torch.device("cpu")
@@ -62,7 +62,8 @@ class Nf4Base:
         model = build_meta_model(config, trust_remote_code)
         for layer in sorted(nf4_layers(model)):
             self._add(base, layer, base.stored_name(f"{layer}.weight"))
-        for parameter in expert_parameters(model):
+        # Experts that no text reaches are packed too, but not computed with: they stay as they are.
+        for parameter in expert_parameters(model).keys() - unused_parameters(model):
             parts = base.expert_parts.get(parameter)
             stored = [part.name for part in parts] if parts else [base.stored_name(parameter)]
             for name in stored:

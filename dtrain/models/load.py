@@ -5,12 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -364,20 +362,3 @@ def _disable_dropout(config: PretrainedConfig) -> None:
         if drops and isinstance(value, float) and value:
             warn(f"the base's {name} {value} is turned off; only method.dropout applies")
             setattr(config, name, 0.0)
-
-
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Count trainable and all parameters, those packed in 4 bits by their original elements.
-
-    Call it before an engine shards the model.
-    """
-    sizes = [(p.requires_grad, parameter_elements(p)) for p in model.parameters()]
-    return sum(n for trains, n in sizes if trains), sum(n for _, n in sizes)
-
-
-def parameter_elements(parameter: nn.Parameter) -> int:
-    """Elements of a parameter, of one packed in 4 bits the original ones."""
-    packed = getattr(parameter, "quant_state", None)
-    if packed is not None:
-        return prod(packed.shape)
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # empty under ZeRO-3

@@ -25,6 +25,7 @@ from transformers.integrations import hub_kernels
 from transformers.pytorch_utils import Conv1D
 
 from dtrain.core.errors import UserError, first_line
+from dtrain.models.expert_layers import is_batched, is_experts
 
 TOKENS = 8
 INSTALL = re.compile(r"pip install [\w\-\[\]]+")  # in transformers' error of a missing package
@@ -238,6 +239,35 @@ def unused_parameters(model: PreTrainedModel) -> set[str]:
     if used is None:
         return set()
     return {name for name, parameter in model.named_parameters() if parameter not in used}
+
+
+def experts_per_token(model: PreTrainedModel) -> int:
+    """How many experts a token uses, as the router of the first layer says, or the config.
+
+    Args:
+        model: from `build_meta_model`, with experts.
+
+    Raises:
+        UserError: its forward pass needs values before a router chooses.
+    """
+    chosen: list[int] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        index = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
+        if isinstance(index, Tensor):
+            chosen.append(index.shape[-1])
+
+    modules = [module for module in model.modules() if is_experts(module)]
+    if all(map(is_batched, modules)):  # they get every token, most of them as zeros
+        config: Any = model.config.get_text_config()
+        return int(config.num_experts_per_tok)
+    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in modules]
+    _used(model)  # a forward pass, as far as it needs no values
+    for hook in hooks:
+        hook.remove()
+    if not chosen:
+        raise UserError("its router does not say how many experts a token uses")
+    return chosen[0]
 
 
 def unused_linear_layers(model: PreTrainedModel) -> set[str]:

@@ -40,9 +40,9 @@ from dtrain.models.embedding_noise import add_embedding_noise
 from dtrain.models.expert_nf4 import holds_nf4
 from dtrain.models.kernels import compiled
 from dtrain.models.kernels.patch import apply_kernels, compile_ahead
-from dtrain.models.load import parameter_counts
 from dtrain.models.loss import transformers_model
 from dtrain.models.meta_model import linear_layers
+from dtrain.models.parameter_counts import parameter_counts
 from dtrain.models.peft_format import GENERATION, base_reference
 from dtrain.models.sharded_loading import StreamedModel, stream_base
 from dtrain.pipeline.initial_adapter import open_initial_adapter

@@ -22,8 +22,9 @@ from dtrain.distributed.world import World
 from dtrain.merge.provenance import model_fingerprint
 from dtrain.models.hub import base_folder
 from dtrain.models.kernels.patch import apply_kernels
-from dtrain.models.load import parameter_counts, read_config, resolve_dtype
+from dtrain.models.load import read_config, resolve_dtype
 from dtrain.models.packing_probe import Layout, probe_packing
+from dtrain.models.parameter_counts import parameter_counts
 from dtrain.models.positions import position_limit
 from dtrain.models.sharded_loading import stream_base
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_difference

@@ -17,7 +17,7 @@ class LinearShape:
     Attributes:
         name: inside the decoder layer, such as self_attn.q_proj.
         experts: number of matrices; 1 for a layer that is none of experts'.
-        active: how many of them a token is multiplied with.
+        active: how many of them a token is multiplied with; 0: none, in a text.
         layers: numbers of the decoder layers that have it; empty: all.
         adaptable: it can get an adapter.
         packable: a base in NF4 holds it in 4 bits.
@@ -209,7 +209,7 @@ class ModelShape:
         idle = sum(
             kind.layers * (x.experts - x.active) * (x.elements + x.biases) // x.experts
             for kind in self.kinds
-            for x in kind.experts
+            for x in kind.linears
         )
         return self.parameters - idle
 

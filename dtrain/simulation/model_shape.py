@@ -13,7 +13,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, device, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from dtrain.config.methods import Lora
@@ -25,13 +25,12 @@ from dtrain.models.decoder_layers import decoder_layers
 from dtrain.models.expert_layers import (
     expert_parameters,
     has_transposed_matrices,
-    is_batched,
-    is_experts,
     router_layers,
 )
 from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.meta_model import (
     build_meta_model,
+    experts_per_token,
     linear_layers,
     remove_modules,
     unused_parameters,
@@ -66,7 +65,8 @@ class _Description:
             name: has_transposed_matrices(model.get_submodule(name.rpartition(".")[0]))
             for name in expert_parameters(model)
         }
-        self._active = _experts_per_token(model) if self._transposed else 1
+        self._unused = unused_parameters(model)
+        self._active = experts_per_token(model) if self._transposed else 1
         names = {module: name for name, module in model.named_modules()}
         decoder = set(model.get_decoder().modules())
         layers = [layer for layer in decoder_layers(model) if layer in decoder]
@@ -177,6 +177,7 @@ class _Description:
                     inputs,
                     outputs,
                     bias,
+                    active=int(f"{name}.weight" not in self._unused),
                     adaptable=name in self._adapted,
                     packable=name in self._packable,
                 )
@@ -184,8 +185,16 @@ class _Description:
             if name.startswith(start):
                 experts, rows, columns = self._parameters[name]
                 inputs, outputs = (rows, columns) if transposed else (columns, rows)
-                inner, bias = name.removeprefix(start), f"{name}_bias" in self._parameters
-                yield LinearShape(inner, inputs, outputs, bias, experts, self._active)
+                is_used = name not in self._unused
+                yield LinearShape(
+                    name.removeprefix(start),
+                    inputs,
+                    outputs,
+                    f"{name}_bias" in self._parameters,
+                    experts,
+                    active=self._active * is_used,
+                    adaptable=is_used,
+                )
 
     def _saved(self, linear: LinearShape) -> int:
         """Elements a token: the output, if it does not go to the residual stream; the input and
@@ -240,25 +249,3 @@ def _head_size(attention: Any, otherwise: int) -> int:
     """Width of a head's queries."""
     names = ("qk_head_dim", "head_dim")
     return next((size for n in names if (size := getattr(attention, n, None))), otherwise)
-
-
-def _experts_per_token(model: PreTrainedModel) -> int:
-    """How many experts a token uses, as the router of the first layer says, or the config."""
-    chosen: list[int] = []
-
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        index = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
-        if isinstance(index, Tensor):
-            chosen.append(index.shape[-1])
-
-    modules = [module for module in model.modules() if is_experts(module)]
-    if all(map(is_batched, modules)):  # they get every token, most of them as zeros
-        config: Any = model.config.get_text_config()
-        return int(config.num_experts_per_tok)
-    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in modules]
-    unused_parameters(model)  # a forward pass, as far as it needs no values
-    for hook in hooks:
-        hook.remove()
-    if not chosen:
-        raise UserError("its router does not say how many experts a token uses")
-    return chosen[0]

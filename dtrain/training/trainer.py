@@ -193,7 +193,7 @@ class Trainer:
         if self._save_seconds:
             metrics["save_seconds"] = round(self._save_seconds, 4)
             self._save_seconds = 0.0
-        if self._peak_flops is not None:
+        if self._peak_flops is not None and self.engine.flops_per_token is not None:
             flops = self.engine.flops_per_token * metrics["tokens_per_second"]
             metrics["mfu"] = round(flops / (self._peak_flops * self.engine.world.size), 4)
         if result.metrics:

@@ -19,8 +19,9 @@ from dtrain.engines.base import Engine, build_engine
 from dtrain.engines.fsdp2 import build_mesh
 from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
-from dtrain.models.load import load_base, parameter_counts
+from dtrain.models.load import load_base
 from dtrain.models.loss import target_losses
+from dtrain.models.parameter_counts import parameter_counts
 from dtrain.samples.make import ensure
 
 COLLECTIVES = ("all_gather_single", "reduce_scatter_single", "all_reduce")

@@ -30,7 +30,8 @@ from dtrain.methods.base import build_method
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import native
 from dtrain.models.kernels.patch import apply_kernels
-from dtrain.models.load import load_base, parameter_counts, resolve_dtype
+from dtrain.models.load import load_base, resolve_dtype
+from dtrain.models.parameter_counts import parameter_counts
 from dtrain.models.sharded_loading import stream_base
 from dtrain.objectives.base import build_objective
 from dtrain.simulation.ledger import watch_resizes

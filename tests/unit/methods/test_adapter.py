@@ -19,7 +19,7 @@ from dtrain.config.methods import Full, Lora
 from dtrain.core.errors import Exit, UserError
 from dtrain.methods.base import build_method
 from dtrain.models.kernels.patch import apply_kernels
-from dtrain.models.load import parameter_counts
+from dtrain.models.parameter_counts import parameter_counts
 from dtrain.objectives.base import adapters_disabled
 
 LORA = Lora(kind="lora", r=4, alpha=6.0, dropout=0.1)

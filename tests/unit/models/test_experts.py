@@ -36,6 +36,7 @@ from dtrain.models.kernels import experts
 from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.load import freeze_for_training, load_base, read_config
 from dtrain.models.packing_probe import probe_packing
+from dtrain.models.parameter_counts import parameter_counts
 from dtrain.models.peft_format import file_key
 from dtrain.models.sharded_loading import stream_base
 from dtrain.objectives.base import adapters_disabled
@@ -413,6 +414,7 @@ def test_experts_in_nf4_are_those_of_bitsandbytes(write: Callable, kind: str) ->
             expected = torch.cat([dequantize_4bit(*pack) for pack in packs])
             actual = states.matrix(getattr(module, leaf), expert)
             assert torch.equal(actual, expected)
+    assert parameter_counts(base.model)[1] == parameter_counts(plain(folder))[1]
 
 
 def test_a_served_adapter_answers_from_experts_in_nf4(write: Callable, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from dtrain.core.errors import UserError
 from dtrain.core.weight_files import weight_files
 from dtrain.methods.base import build_method
 from dtrain.models.hub import base_folder
-from dtrain.models.load import load_base, parameter_counts, read_config, resolve_dtype
+from dtrain.models.load import load_base, read_config, resolve_dtype
 from dtrain.models.meta_model import build_meta_model
+from dtrain.models.parameter_counts import parameter_counts
 from dtrain.models.quantize import nf4_layers
 
 CPU = torch.device("cpu")
