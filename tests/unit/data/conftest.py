@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dtrain.config.data import Data
+from dtrain.data.assistant_spans import render_answers
+from dtrain.data.chat_templates import resolve_template
+from dtrain.data.conversations import Conversation, parse_messages
 from dtrain.data.packed_dataset import PackedDataset
 from dtrain.data.prepare import prepare
 from dtrain.objectives.base import objective_class
 
+FAMILIES = Path(__file__).with_name("templates")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"]
 SPECIAL += ["<|start_header_id|>", "<|end_header_id|>"]
 TEXT = "The quick brown fox jumps over the lazy dog. Question answer system user assistant. " * 8
@@ -70,5 +75,30 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
             cache,
             global_batch=batch,
         )
+
+    return run
+
+
+@pytest.fixture
+def template(make_tokenizer):
+    """template(family or jinja text) → the template."""
+
+    def run(name):
+        path = FAMILIES / f"{name}.jinja"
+        text = path.read_text(encoding="utf-8") if "{" not in name else name
+        return resolve_template("auto", make_tokenizer(text, bos_token="<s>", eos_token="</s>"))
+
+    return run
+
+
+@pytest.fixture
+def target_texts(template):
+    """target_texts(template, messages as in a row) → (texts of the targets, what is counted)."""
+
+    def run(name, messages, tools=None, train_on="all"):
+        counts: Counter[str] = Counter()
+        conversation = Conversation(parse_messages(messages, "messages", "f:1"), tools)
+        text, spans = render_answers(template(name), conversation, "f:1", train_on, counts)
+        return [text[start:stop] for start, stop in spans], +counts
 
     return run

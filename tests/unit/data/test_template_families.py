@@ -50,19 +50,6 @@ ENDS = {
 CLOSING = {"phi3": "\n</s>"}  # of the whole conversation
 
 
-@pytest.fixture
-def template(make_tokenizer):
-    """template(family or jinja text) → the template."""
-
-    def run(name):
-        path = FAMILIES / f"{name}.jinja"
-        text = path.read_text(encoding="utf-8") if name in (*ENDS, "harmony") else name
-        tokenizer = make_tokenizer(text, bos_token="<s>", eos_token="</s>")
-        return resolve_template("auto", tokenizer)
-
-    return run
-
-
 def target_texts(template, messages, train_on="all", tools=None):
     text, spans = render_answers(template, Conversation(messages, tools), "f:1", train_on)
     return [text[start:stop] for start, stop in spans]
