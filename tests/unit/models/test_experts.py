@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,6 @@ from dtrain.merge.base_tensors import BaseTensors
 from dtrain.merge.merge import MergeJob, check_mergeable
 from dtrain.merge.merge_inputs import adapter_input
 from dtrain.methods.base import build_method
-from dtrain.models import expert_layers
 from dtrain.models.check_base import open_model
 from dtrain.models.expert_layers import expert_parameters
 from dtrain.models.expert_nf4 import expert_states
@@ -37,116 +36,33 @@ from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.load import freeze_for_training, load_base, read_config
 from dtrain.models.packing_probe import probe_packing
 from dtrain.models.parameter_counts import parameter_counts
-from dtrain.models.peft_format import file_key
-from dtrain.models.sharded_loading import stream_base
 from dtrain.objectives.base import adapters_disabled
 from dtrain.objectives.regularizers.fisher import penalized_layers
 from dtrain.pipeline.initial_adapter import check_initial_adapter
 from dtrain.samples.tiny_llama import build_tokenizer
 from dtrain.serving.generator import TextGenerator
 from dtrain.serving.run_models import ServedModel
+from tests.unit.models.mixtures import (
+    COMMON,
+    CPU,
+    EXPERTS,
+    IDS,
+    MODELS,
+    adapted,
+    logits,
+    plain,
+    saved,
+    streamed,
+    write_mixture,
+)
 
-CPU = torch.device("cpu")
-EXPERTS = 4
-COMMON: dict[str, Any] = {
-    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2,
-}  # fmt: skip
-# Stored apart and joined; with names of their own; with experts that all tokens get; whole, the
-# other way round, with biases; whole, with code of their own.
-MODELS: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 16},
-    "mixtral": {"num_local_experts": EXPERTS},
-    "qwen2_moe": {
-        "num_experts": EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
-    },
-    "gpt_oss": {
-        "num_local_experts": EXPERTS, "layer_types": ["sliding_attention", "full_attention"],
-        "sliding_window": 8,
-    },
-    "llama4_text": {
-        "num_local_experts": EXPERTS, "num_experts_per_tok": 1, "intermediate_size": 16,
-        "intermediate_size_mlp": 48, "attention_chunk_size": 8, "pad_token_id": 0,
-    },
-}  # fmt: skip
-# A router that is a linear layer; one whose choices have a bias.
-OTHERS: dict[str, dict[str, Any]] = {
-    "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": 2},
-    "glm4_moe": {
-        "n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
-        "moe_intermediate_size": 16,
-    },
-    # Routers that are a matrix and scales, or one and a bias; that choose one more than experts.
-    "gemma4_text": {
-        "enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": 2,
-        "moe_intermediate_size": 16, "hidden_size_per_layer_input": 0, "global_head_dim": 8,
-        "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,
-    },
-    "ernie4_5_moe": {
-        "moe_num_experts": EXPERTS, "moe_k": 2, "moe_intermediate_size": 16,
-        "moe_layer_start_index": 0, "moe_layer_interval": 1,
-    },
-    "zaya": {
-        "num_experts": EXPERTS, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
-        "router_hidden_size": 12, "layer_types": ["hybrid", "hybrid"],
-    },
-}  # fmt: skip
 KINDS = pytest.mark.parametrize("kind", MODELS)
-IDS = torch.arange(3, 23)[None]
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[[str], Path]:
+def write(tmp_path: Path) -> Callable[..., Path]:
     """`write(kind)` → the folder of a small random model."""
-
-    def write_model(kind: str, **changes: Any) -> Path:
-        config = AutoConfig.for_model(kind, **{**COMMON, **(MODELS | OTHERS)[kind], **changes})
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        folder = tmp_path / f"{kind}{len(list(tmp_path.iterdir()))}"
-        model.save_pretrained(folder)
-        return folder
-
-    return write_model
-
-
-def streamed(folder: Path, *, quantized: bool = False) -> Any:
-    settings = schema.Model(base=str(folder))
-    base = stream_base(folder, settings, quantized=quantized, dtype=torch.float32, device=CPU)
-    return base
-
-
-def adapted(folder: Path, *, quantized: bool = False, **keys: Any) -> tuple[Any, PeftModel]:
-    """A method, and the model that it makes, with values in B that matter."""
-    keys = {"kind": "qlora" if quantized else "lora", "r": 4, "dropout": 0.0} | keys
-    method = build_method(Lora(**keys))
-    base = streamed(folder, quantized=quantized)
-    model: Any = method.attach(base.model, seed=1, device=CPU)
-    base.materialize(model)
-    method.on_weights_loaded(model)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return method, model
-
-
-def saved(method: Any, model: Any, folder: Path) -> Path:
-    tensors = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    method.save(folder, model, tensors)
-    return folder
-
-
-def plain(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def logits(model: nn.Module) -> Tensor:
-    return model(input_ids=IDS, use_cache=False).logits[0]
+    return partial(write_mixture, tmp_path)
 
 
 @KINDS
@@ -500,77 +416,6 @@ def test_documents_of_a_packed_sequence_are_separate(write: Callable, kind: str)
     folder = write(kind)
     config = AutoConfig.from_pretrained(folder)
     assert probe_packing(config, schema.Model(base=str(folder))).packed
-
-
-def test_routers_stay_frozen(write: Callable) -> None:
-    folder = write("hunyuan_v1_moe")
-    _, model = adapted(folder)
-    trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert any(".experts." in name for name in trained)
-    assert not any(".wg." in name for name in trained)
-    with pytest.raises(UserError, match=r"gate\.wg is a router, which gets no adapter"):
-        adapted(folder, target_modules=["q_proj", "wg"])
-
-
-@pytest.mark.parametrize("kind", [*OTHERS])
-def test_routers_are_frozen_or_trained_whole(write: Callable, kind: str) -> None:
-    def in_routers(names: Iterable[str]) -> set[str]:
-        return {name for name in names if re.search(r"\.(gate|router)\.", name)}
-
-    def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-    folder = write(kind)
-    names = in_routers(dict(plain(folder).named_parameters()))
-    assert len(names) >= 2
-    full = build_method(Full(kind="full")).attach(plain(folder), seed=1)
-    for model in (full, adapted(folder)[1]):
-        assert trained(model) and not in_routers(trained(model))
-    _, model = adapted(folder, router="train")
-    logits(model).square().mean().backward()
-    copies = {n: p for n, p in trained(model).items() if "modules_to_save" in n}
-    expected = {n for n in names if "moe_statics" not in n}  # which no loss depends on
-    assert {file_key(n).removeprefix("base_model.model.") for n in copies} == expected
-    assert all(p.grad is not None and p.dtype == torch.float32 for p in copies.values())
-
-
-@pytest.mark.parametrize("kind", ["ernie4_5_moe", "zaya"])
-def test_a_router_that_trained_is_loaded_merged_and_continued(
-    write: Callable, kind: str, tmp_path: Path
-) -> None:
-    folder = write(kind)
-    method, model = adapted(folder, router="train")
-    with torch.no_grad():
-        for name, copy in model.named_parameters():
-            if "modules_to_save" in name:
-                copy.mul_(1.5)
-    adapter = saved(method, model, tmp_path / "adapter")
-    job = MergeJob(folder, tmp_path / "merged", source="test")
-    job.merge_adapters([adapter_input(MergeableAdapter.open(adapter, job.tensors))])
-    for other in (PeftModel.from_pretrained(plain(folder), adapter), plain(tmp_path / "merged")):
-        torch.testing.assert_close(logits(other), logits(model), rtol=1e-4, atol=1e-4)
-    keys = {"kind": "lora", "r": 4, "dropout": 0.0, "from_adapter": str(adapter)}
-    assert check_initial_adapter(SimpleNamespace(method=Lora(**keys)), model)
-
-
-def test_a_mixture_whose_router_is_not_found_is_refused(
-    write: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write("zaya")
-    monkeypatch.setattr(expert_layers, "recorded_routers", lambda _: (0, []))
-    with pytest.raises(UserError, match=r"what chooses among model\.layers\.0\.mlp\.experts"):
-        read_config(folder, trust_remote_code=False)
-
-
-def test_a_router_that_trains_has_the_bias_of_its_base(write: Callable) -> None:
-    folder = write("glm4_moe")
-    tensors = load_file(folder / "model.safetensors")
-    biases = {n: torch.rand(EXPERTS) for n in tensors if n.endswith("e_score_correction_bias")}
-    save_file(tensors | biases, folder / "model.safetensors", metadata={"format": "pt"})
-    _, model = adapted(folder, router="train")
-    copies = [m for n, m in model.named_modules() if n.endswith("gate.modules_to_save.default")]
-    found = [copy.e_score_correction_bias for copy in copies]
-    assert len(found) == 2 and all(map(torch.equal, found, biases.values()))
 
 
 def test_a_block_does_not_draw_its_input_at_random(write: Callable) -> None:
