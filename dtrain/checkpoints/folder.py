@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,18 +122,22 @@ def remove(path: Path) -> None:
 
 
 def list_checkpoints(folder: Path, *, verify: bool = False) -> list[CheckpointInfo]:
-    """Return all checkpoints of a stage by step, unfinished ones too; `verify` hashes them."""
-    listed = [_listed(path, verify) for path in complete_folders(folder)]
-    for path in _unfinished(folder):
-        step = unfinished_step_of(path) or 0
-        listed.append(
-            CheckpointInfo(step, None, _bytes(path), False, None, "its save was not finished")
-        )
+    """Return all checkpoints of a stage by step, unfinished ones too; `verify` hashes them.
+
+    One that the run removes or renames meanwhile is left out.
+    """
+    listed: list[CheckpointInfo] = []
+    for path in [*complete_folders(folder), *_unfinished(folder)]:
+        with suppress(FileNotFoundError):
+            info = _listed(path, verify)
+            listed += [info] if path.exists() else []
     return sorted(listed, key=lambda info: info.step)
 
 
 def _listed(path: Path, verify: bool) -> CheckpointInfo:
-    step = step_of(path) or 0
+    if (step := step_of(path)) is None:
+        step, problem = unfinished_step_of(path) or 0, "its save was not finished"
+        return CheckpointInfo(step, None, _bytes(path), False, None, problem)
     try:
         checkpoint = Checkpoint.open(path)
     except UserError as error:

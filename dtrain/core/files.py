@@ -125,6 +125,15 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     return data
 
 
+def is_missing(error: UserError) -> bool:
+    """Whether a file could not be read because there is none.
+
+    A file that another process replaces and removes is read without asking first: it may be gone
+    when it is opened.
+    """
+    return isinstance(error.__cause__, FileNotFoundError)
+
+
 def read_text(path: Path, limit: int = MAX_BYTES) -> str:
     """The text of a UTF-8 file, without a byte-order mark at its head.
 
@@ -291,7 +300,7 @@ def read_json_lines(path: Path, kind: Any = Any) -> list[dict[str, Any]]:
     try:
         data = read_bytes(path, MAX_LINES_BYTES)
     except UserError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+        if is_missing(error):
             return []
         raise
     return parse_json_lines(data.decode(errors="replace"), kind)

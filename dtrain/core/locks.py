@@ -87,9 +87,10 @@ class FolderLock:
         if not self.is_held() or match is None or match[2] != socket.gethostname():
             return None
         with suppress(OSError):  # another user's process, or one that has ended
-            opened = Path(f"/proc/{match[1]}/fd").iterdir()
-            if any(file.exists() and file.samefile(self.path) for file in opened):
-                return int(match[1])
+            for file in Path(f"/proc/{match[1]}/fd").iterdir():
+                with suppress(OSError):  # closed since it was listed
+                    if file.samefile(self.path):
+                        return int(match[1])
         return None
 
     def release(self) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from dtrain.core.errors import UserError
-from dtrain.core.files import read_json, remove_entry, write_atomic
+from dtrain.core.files import is_missing, read_json, remove_entry, write_atomic
 from dtrain.core.locks import FolderLock, check_record_locks
 from dtrain.core.ownership import check_no_link, check_own_folder
 from dtrain.core.stage_dir import ADAPTER_CONFIG, CHECKPOINT_MANIFEST, STAGE_RECORD, StageDir
@@ -319,9 +319,12 @@ def read_exit_report(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is damaged.
     """
-    if not path.exists():
-        return {}
-    report: dict[str, Any] = read_json(path, _ExitReport)
+    try:
+        report: dict[str, Any] = read_json(path, _ExitReport)
+    except UserError as error:
+        if is_missing(error):  # a new start may have just removed it
+            return {}
+        raise
     return report
 
 

@@ -151,16 +151,19 @@ def probe_links(name: str, nodes: list[str], meeting: Path) -> dict[str, Any]:
             node: json.loads((meeting / f"{node}.here").read_text(encoding="utf-8"))
             for node in seen
         }
+        links = {node: measure(**cards[node]) for node in _next(name, nodes) if node in cards}
+        _leave(meeting / f"{name}.done", {})
+        # They may still be measuring a link to this node.
+        await_files(meeting, ".done", seen, WAIT_SECONDS)
     except OSError as error:
         return {"seen": [], "links": {}, "meeting_problem": str(error)}
-    at = nodes.index(name)
-    next_nodes = [nodes[(at + i) % len(nodes)] for i in range(1, min(LINKS, len(nodes) - 1) + 1)]
-    links = {node: measure(**cards[node]) for node in next_nodes if node in cards}
-    _leave(meeting / f"{name}.done", {})
-    await_files(
-        meeting, ".done", seen, WAIT_SECONDS
-    )  # they may still be measuring a link to this node
     return {"seen": seen, "links": links}
+
+
+def _next(name: str, nodes: list[str]) -> list[str]:
+    """The nodes to which a node measures its links."""
+    at = nodes.index(name)
+    return [nodes[(at + i) % len(nodes)] for i in range(1, min(LINKS, len(nodes) - 1) + 1)]
 
 
 def _leave(path: Path, value: dict[str, Any]) -> None:

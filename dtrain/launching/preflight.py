@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -31,6 +32,7 @@ from dtrain.launching.node_checks import Fault, Report, find_faults
 
 NODES_SECONDS = 90
 START_SECONDS = 600  # until a rank is up: torch from a cold network file system takes minutes
+END_SECONDS = 10  # until srun has ended after SIGTERM
 RANKS_SECONDS = 180  # from the last rank that is up to the sum
 _SPEEDS = "gigabytes_per_second"  # key of the first rank's line
 # Option of sbatch → what a running job knows of it, so that a successor asks for the same.
@@ -111,11 +113,12 @@ def output_of(
     except Empty:
         process.terminate()
     try:
-        process.wait(timeout=10)
+        process.wait(timeout=END_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
-    while line := lines.get():
-        text += line
+    with suppress(Empty):  # where srun is a script, the real one may live on and hold the pipe
+        while line := lines.get(timeout=END_SECONDS):
+            text += line
     return text
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from dtrain.config.yaml_document import parse_value
 from dtrain.core.errors import UserError
 from dtrain.core.file_types import check_type
-from dtrain.core.files import parse_json, read_json_lines, read_text
+from dtrain.core.files import is_missing, parse_json, read_json_lines, read_text
 from dtrain.core.output import printable
 from dtrain.core.run_dir import BASE_MODEL, EVALUATION, HTML_REPORT, LINEAGE, RECIPE, RunDir
 from dtrain.monitoring.alerts import find_alerts
@@ -238,9 +238,10 @@ def _parse(record: RunRecord, name: str, text: str, parse: Any, kind: Any) -> di
 def _read_text(record: RunRecord, name: str) -> str:
     path = record.folder / name
     try:
-        return read_text(path) if path.exists() else ""
+        return read_text(path)
     except UserError as error:
-        record.errors.append(f"{name} cannot be read: {error.message}")
+        if not is_missing(error):
+            record.errors.append(f"{name} cannot be read: {error.message}")
         return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from dtrain.checkpoints import (
+    Checkpoint,
     Saver,
     clean_leftovers,
     list_checkpoints,
@@ -65,6 +67,25 @@ def test_list_describes_every_checkpoint(kit: Any, tmp_path: Path) -> None:
         (False, False),
     ]
     assert "rank-00000.safetensors" in verified[2].problem
+
+
+def test_checkpoint_that_the_run_removes_meanwhile_is_not_listed(
+    kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        kit.save(tmp_path, step)
+    open_checkpoint = Checkpoint.open
+
+    def remove_and_open(path: Path) -> Checkpoint:
+        if path.name == "step-000001":
+            shutil.rmtree(path)
+        checkpoint = open_checkpoint(path)
+        if path.name == "step-000002":
+            shutil.rmtree(path)
+        return checkpoint
+
+    monkeypatch.setattr(Checkpoint, "open", remove_and_open)
+    assert _steps(tmp_path) == [3]
 
 
 def test_resume_reports_skipped_newer_checkpoints(kit: Any, tmp_path: Path) -> None:

@@ -128,6 +128,21 @@ def test_lock_file_of_another_user_can_be_locked() -> None:
         assert lock.acquire()
 
 
+def test_holder_is_found_while_it_closes_other_files(tmp_path: Path, monkeypatch) -> None:
+    """A file that is closed between the listing and the look at it has no path any more."""
+    samefile, calls = Path.samefile, []
+
+    def fail_once(path: Path, other: Path) -> bool:
+        calls.append(path)
+        if len(calls) == 1:
+            raise FileNotFoundError(path)
+        return samefile(path, other)
+
+    monkeypatch.setattr(Path, "samefile", fail_once)
+    with FolderLock(tmp_path) as lock:
+        assert lock.holder_here() == os.getpid()
+
+
 def test_holder_with_control_characters_is_not_shown(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("\x1b]0;title\x07")
     assert FolderLock(tmp_path).holder() == "another process"

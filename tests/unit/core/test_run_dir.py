@@ -12,7 +12,13 @@ import pytest
 from dtrain.core import run_dir, stage_dir
 from dtrain.core.errors import UserError
 from dtrain.core.locks import FolderLock
-from dtrain.core.run_dir import LOCKED_BY_LAUNCHER, RESERVED_NAMES, RunDir, create_numbered
+from dtrain.core.run_dir import (
+    LOCKED_BY_LAUNCHER,
+    RESERVED_NAMES,
+    RunDir,
+    create_numbered,
+    read_exit_report,
+)
 
 ROOT = Path(run_dir.__file__).parents[1]
 # Names that no other module may spell; the others are words that mean something else elsewhere.
@@ -117,3 +123,9 @@ def test_progress_of_each_stage(tmp_path) -> None:
         (folder / "manifest.json").touch()
     (run.stage("b").checkpoints / "step-2000000").mkdir()  # its manifest is missing
     assert run.progress() == {"a": "complete", "b": "step-1000000", "c": "started"}
+
+
+def test_exit_report_that_a_new_start_removes_is_none(tmp_path, monkeypatch) -> None:
+    """`dtrain status` of a run that starts again would call it failed."""
+    monkeypatch.setattr(Path, "exists", lambda self: True)  # until it is opened
+    assert read_exit_report(tmp_path / "outcome.json") == {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sys
 import threading
@@ -136,3 +138,10 @@ def test_measurement_starts_once_all_ranks_are_up() -> None:
     assert output(60, "0") == "up 1\ndone\n"
     assert output(0.5, "60") == "up 1\n"
     assert output(2, "0", "60") == "up 1\ndone\n"
+
+
+def test_command_whose_child_lives_on_is_not_waited_for(monkeypatch) -> None:
+    """Where srun is a script, SIGTERM ends the script alone, and its child holds the pipe."""
+    monkeypatch.setattr(preflight, "END_SECONDS", 0.1)
+    text = preflight.output_of(["sh", "-c", "sleep 30 & echo $!"], 1.0)
+    os.kill(int(text), signal.SIGKILL)
