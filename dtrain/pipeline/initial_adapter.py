@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dtrain.checkpoints.parameter_shards import WEIGHT_KINDS, ParameterShard
 from dtrain.config.methods import over_nf4
+from dtrain.config.methods.patterns import match_names
 from dtrain.config.schema import Stage
 from dtrain.core.cache_paths import local_path, user_path
 from dtrain.core.errors import Exit, UserError
@@ -109,6 +110,10 @@ def _check_settings(folder: Path, model: nn.Module) -> None:
     assert isinstance(model, PeftModel)
     ours = _plain(loadable_config(model).to_dict())
     theirs = read_adapter_config(folder)
+    # Others name experts by the end of their names, dtrain each by its whole name.
+    named, targets = ours.get("target_parameters") or [], theirs.get("target_parameters") or []
+    if all(match_names(named, [target]) for target in targets):
+        theirs["target_parameters"] = match_names(named, targets)
     lines = [
         f"{RECIPE_KEYS.get(key, key)}: {theirs.get(key)!r} in the adapter, {ours.get(key)!r} here"
         for key in sorted((ours.keys() | theirs.keys()) - NOT_COMPARED)

@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+from dtrain.config.methods.patterns import match_names, value_for
 from dtrain.core.errors import UserError
 from dtrain.core.output import fit
 from dtrain.core.run_dir import RECIPE
@@ -48,12 +49,33 @@ class AdapterInfo:
     @property
     def ranks(self) -> list[int]:
         """The ranks of its layers, each once, rising; empty if it is no LoRA."""
-        return sorted({shape[0] for key, shape in self.shapes.items() if key.endswith(LORA_DOWN)})
+        own = {
+            shape[0]
+            for key, shape in self.shapes.items()
+            if key.endswith(LORA_DOWN) and not self._is_of_parameter(key)
+        }
+        return sorted(own | self._parameter_ranks)
+
+    @property
+    def _parameters(self) -> list[str]:
+        """What PEFT adapts as bare parameters, such as the matrices of experts."""
+        return list(self.config.get("target_parameters") or ())
+
+    @property
+    def _parameter_ranks(self) -> set[int]:
+        """Their ranks by the config: A of E experts is [E r, in]."""
+        patterns, default = self.config.get("rank_pattern"), self.config.get("r")
+        return {value_for(patterns, parameter, default) for parameter in self._parameters}
+
+    def _is_of_parameter(self, key: str) -> bool:
+        module = key.partition(".lora_")[0].replace(".base_layer", "")
+        return bool(match_names([module], [x.rpartition(".")[0] for x in self._parameters]))
 
     @property
     def targets(self) -> list[str]:
         """The last part of the names of the layers it changes, each once."""
-        layers = (key.partition(".lora_")[0] for key in self.shapes if ".lora_" in key)
+        keys = [k for k in self.shapes if ".lora_" in k and not self._is_of_parameter(k)]
+        layers = [key.partition(".lora_")[0] for key in keys] + self._parameters
         return sorted({layer.rpartition(".")[2] for layer in layers})
 
     @property

@@ -40,6 +40,7 @@ from dtrain.objectives.base import adapters_disabled
 from dtrain.objectives.regularizers.fisher import penalized_layers
 from dtrain.pipeline.initial_adapter import check_initial_adapter
 from dtrain.samples.tiny_llama import build_tokenizer
+from dtrain.serving.adapter_list import read_adapter
 from dtrain.serving.generator import TextGenerator
 from dtrain.serving.run_models import ServedModel
 from tests.unit.models.mixtures import (
@@ -207,6 +208,9 @@ def test_a_saved_adapter_is_loaded_by_peft(write: Callable, kind: str, tmp_path:
     stored = load_file(adapter / "adapter_model.safetensors")
     in_peft = {n.replace(".default", "") for n, _ in loaded.named_parameters() if "lora_" in n}
     assert in_peft == stored.keys()
+    listed = read_adapter(adapter)
+    assert listed.ranks == [4] and {"gate_up_proj", "down_proj"} <= {*listed.targets}
+    assert not {"experts", "base_layer"} & {*listed.targets}
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
 
 
@@ -400,6 +404,28 @@ def test_layers_may_have_different_experts(config: dict[str, Any], tmp_path: Pat
     save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert BaseTensors(tmp_path).keys() == names
+
+
+def test_an_adapter_that_peft_made_continues(write: Callable, tmp_path: Path) -> None:
+    folder = write("qwen3_moe")
+    linears = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    theirs = LoraConfig(
+        r=4, lora_alpha=8.0, target_modules=linears, target_parameters=experts, lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    made = get_peft_model(plain(folder), theirs)
+    made.save_pretrained(tmp_path / "adapter")
+    keys = {"kind": "lora", "r": 4, "alpha": 8.0, "from_adapter": str(tmp_path / "adapter")}
+    _, model = adapted(folder, alpha=8.0)
+    initial = check_initial_adapter(SimpleNamespace(method=Lora(**keys)), model)
+    wanted = {n.replace(".default", ""): p for n, p in made.named_parameters() if "lora_" in n}
+    assert {initial.keys[n] for n, p in model.named_parameters() if p.requires_grad} == {*wanted}
+    assert all(torch.equal(initial.read(n), wanted[key]) for n, key in initial.keys.items())
+    half = {"kind": "lora", "r": 4, "alpha": 8.0, "target_modules": [*linears, "down_proj"]}
+    _, model = adapted(folder, **half)
+    with pytest.raises(UserError, match="target_parameters"):
+        check_initial_adapter(SimpleNamespace(method=Lora(**half | keys)), model)
 
 
 def test_an_adapter_of_other_experts_does_not_continue(write: Callable, tmp_path: Path) -> None:
