@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import sys
 import threading
@@ -143,5 +141,6 @@ def test_measurement_starts_once_all_ranks_are_up() -> None:
 def test_command_whose_child_lives_on_is_not_waited_for(monkeypatch) -> None:
     """Where srun is a script, SIGTERM ends the script alone, and its child holds the pipe."""
     monkeypatch.setattr(preflight, "END_SECONDS", 0.1)
-    text = preflight.output_of(["sh", "-c", "sleep 30 & echo $!"], 1.0)
-    os.kill(int(text), signal.SIGKILL)
+    child = psutil.Process(int(preflight.output_of(["sh", "-c", "sleep 30 & echo $!"], 1.0)))
+    assert child.status() != psutil.STATUS_ZOMBIE
+    child.kill()
