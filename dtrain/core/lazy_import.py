@@ -52,3 +52,9 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions
+
+
+def import_object(path: str) -> Any:
+    """Import what "module:name" names."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from importlib import import_module
 from math import isfinite
 from typing import Any
 
@@ -25,6 +24,7 @@ from dtrain.config.checks import unsupported_by_engine
 from dtrain.config.engines import ENGINES
 from dtrain.config.optimizers import OPTIMIZERS
 from dtrain.config.schema import Recipe, Stage
+from dtrain.core.lazy_import import import_object
 from dtrain.core.log import progress
 from dtrain.distributed.collective_timer import CollectiveTimer
 from dtrain.distributed.world import World
@@ -279,6 +279,5 @@ def build_engine(
         assert capabilities.strict_implementation
         path = capabilities.strict_implementation
     # Imported by name, so that a run under ddp does not pay for importing DeepSpeed.
-    module, _, name = path.partition(":")
-    engine: Engine = getattr(import_module(module), name)(model, recipe, stage, world, materialize)
+    engine: Engine = import_object(path)(model, recipe, stage, world, materialize)
     return engine

@@ -9,13 +9,13 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dtrain.config.generation import METRICS, GenerationSet
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError, UserErrors
+from dtrain.core.lazy_import import import_object
 from dtrain.data.conversations import Conversation
 from dtrain.monitoring.scores import Score, mean_score
 
@@ -163,8 +163,7 @@ def build_metrics(settings: GenerationSet, name: str) -> dict[str, Metric]:
     """
     metrics: dict[str, Metric] = {}
     for kind in settings.metrics:
-        module, _, class_name = METRICS[kind].implementation.partition(":")
-        implementation: type[Metric] = getattr(import_module(module), class_name)
+        implementation: type[Metric] = import_object(METRICS[kind].implementation)
         metrics[kind] = implementation(settings, f"evaluation.generation.{name}")
     return metrics
 

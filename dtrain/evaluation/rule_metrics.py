@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from importlib import import_module
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from dtrain.config.generation import GenerationSet
 from dtrain.core.cache_paths import local_path
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.files import read_json
-from dtrain.core.lazy_import import LazyModule
+from dtrain.core.lazy_import import LazyModule, import_object
 from dtrain.evaluation.metric import (
     Metric,
     MetricFailure,
@@ -223,7 +222,7 @@ def import_function(path: str, where: str) -> Callable[..., Any]:
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)
     try:
-        function: Callable[..., Any] = getattr(import_module(module), name)
+        function: Callable[..., Any] = import_object(path)
     except (Exception, SystemExit) as error:  # the module's own code runs
         message = f"cannot be imported: {type(error).__name__}: {first_line(error)}"
         fix = "name a module of the current folder, of PYTHONPATH, or that is installed"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dtrain.config.methods import MethodSettings, MethodTraits
+from dtrain.core.lazy_import import import_object
 from dtrain.distributed.world import World
 
 Settings = TypeVar("Settings", bound=MethodSettings)
@@ -134,8 +134,7 @@ def build_method(settings: MethodSettings, new_tokens: Sequence[int] = ()) -> Me
     Args:
         new_tokens: numbers of the tokens that the run has added to its base.
     """
-    module, _, name = settings.traits.implementation.partition(":")
-    method: Method[Any] = getattr(import_module(module), name)(settings)
+    method: Method[Any] = import_object(settings.traits.implementation)(settings)
     method.new_tokens = tuple(new_tokens)
     return method
 

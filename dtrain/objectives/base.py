@@ -17,7 +17,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from dtrain.checkpoints.parameter_shards import ParameterShard
 from dtrain.config.objectives import OBJECTIVES
 from dtrain.config.schema import EvaluationSet, Stage
+from dtrain.core.lazy_import import import_object
 from dtrain.data.loader import Loader, MicroBatch
 from dtrain.data.packed_dataset import BatchCounts, PackedDataset
 from dtrain.data.prepare import DatasetSpec
@@ -224,8 +224,7 @@ def global_weight(objective: Objective, loader: Loader, step: int) -> float:
 
 def objective_class(kind: str) -> type[Objective]:
     """The class of an objective that a recipe names."""
-    module, _, name = OBJECTIVES[kind].implementation.partition(":")
-    implementation: type[Objective] = getattr(import_module(module), name)
+    implementation: type[Objective] = import_object(OBJECTIVES[kind].implementation)
     return implementation
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
-from importlib import import_module
 
 from dtrain.config.engines import ENGINES
+from dtrain.core.lazy_import import import_object
 from dtrain.planning.activations import DTRAIN, TrainerProfile
 from dtrain.planning.engine_base import Collective, EngineModel
 from dtrain.planning.memory_estimate import GatherPoint, MemoryEstimate
@@ -359,6 +359,5 @@ def _fullest_partition(sizes: tuple[int, ...], ranks: int) -> int:
 
 def build_engine_model(workload: Workload, profile: TrainerProfile = DTRAIN) -> EngineModel:
     """The memory model that the table of engines names for the workload's engine."""
-    module, _, name = ENGINES[workload.engine].memory_model.partition(":")
-    model: EngineModel = getattr(import_module(module), name)(workload, profile)
+    model: EngineModel = import_object(ENGINES[workload.engine].memory_model)(workload, profile)
     return model

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from importlib import import_module
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dtrain.config.schema import Stage
+from dtrain.core.lazy_import import import_object
 from dtrain.data.loader import MicroBatch
 from dtrain.data.packed_dataset import BatchCounts
 from dtrain.distributed.world import World
@@ -116,7 +116,6 @@ def build_stage_objective(stage: Stage) -> Objective:
     if stage.method.trains_router:
         paths.append("dtrain.objectives.regularizers.router_balance:RouterBalance")
     for path in paths:
-        module, _, name = path.partition(":")
-        implementation: type[AddedTerm] = getattr(import_module(module), name)
+        implementation: type[AddedTerm] = import_object(path)
         objective = implementation(stage, objective)
     return objective
