@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 from importlib.util import find_spec
 
 from dtrain.config.clash import Clash
 from dtrain.config.generation import METRICS, GenerationSet
 from dtrain.config.schema import Recipe
 from dtrain.config.yaml_document import Key
+from dtrain.core.errors import nearest_name
 
 
 def check_generation(recipe: Recipe) -> Iterator[Clash]:
@@ -46,8 +46,7 @@ def _gate(recipe: Recipe, name: str, settings: GenerationSet) -> Iterator[Clash]
         keys: list[Key] = [at, ("evaluation", "generation", name)]
         yield Clash(keys, "the set has no metrics that a gate could check", "add metrics")
     elif gate.metric is not None and gate.metric not in known:
-        close = get_close_matches(gate.metric, known, n=1)
-        fix = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}"
+        fix = nearest_name(gate.metric, known, f"use one of {', '.join(known)}")
         yield Clash([(*at, "metric")], f"the set has no score named {gate.metric}", fix)
 
 

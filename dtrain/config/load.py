@@ -6,7 +6,6 @@ import io
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from dtrain.config.yaml_document import (
 )
 from dtrain.core.addresses import has_secret, secret_error, without_secret
 from dtrain.core.cache_paths import user_path
-from dtrain.core.errors import UserError, UserErrors
+from dtrain.core.errors import UserError, UserErrors, nearest_name
 from dtrain.recipes import shipped
 
 
@@ -118,9 +117,8 @@ def find_recipe(address: str) -> Path:
         return known[address]
     if path.is_dir():
         raise UserError("is a folder, not a recipe", where=address)
-    close = get_close_matches(path.stem, known, n=1)
-    offer = f"did you mean {close[0]}?" if close else f"shipped recipes: {', '.join(known)}"
-    raise UserError("there is no such recipe", where=without_secret(address), fix=offer)
+    fix = nearest_name(path.stem, known, f"shipped recipes: {', '.join(known)}")
+    raise UserError("there is no such recipe", where=without_secret(address), fix=fix)
 
 
 def dump(recipe: Recipe) -> str:
@@ -232,8 +230,7 @@ def _index(holder: Any, key: Key, step: str, origin: str) -> str | int:
     if step.isdecimal() and int(step) < len(holder):
         return int(step)
     known = [str(name) for name in names if name]
-    close = get_close_matches(step, known, n=1)
-    fix = f"did you mean {close[0]}?" if close else f"use one of {_choices(known, len(holder))}"
+    fix = nearest_name(step, known, f"use one of {_choices(known, len(holder))}")
     raise UserError(f"{dotted(key)} has no entry {step}", where=origin, fix=fix)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any, get_origin
 
 from pydantic import ValidationError
@@ -12,7 +11,7 @@ from dtrain.config import foreign_keys
 from dtrain.config.methods import TRAITS
 from dtrain.config.schema_paths import groups_at, key_owners, kinds_with, path_of, value_at
 from dtrain.config.yaml_document import Key, YamlDocument, dotted
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, nearest_name
 
 _LONGEST_VALUE = 60
 _KEY_ITSELF = "[key]"  # the last step of pydantic's `loc` for a key of a dict
@@ -105,10 +104,7 @@ def _wrong_name(key: Key, details: list[Mapping[str, Any]], document: YamlDocume
     """The error of a key in a table such as `data.columns`, whose keys dtrain defines."""
     name, value = str(key[-1]), value_at(key, document.values)
     known = [option for d in details if d["type"] == "literal_error" for option in _options(d)]
-    close = get_close_matches(name, known, n=1)
-    fix = f"known here: {', '.join(known)}"
-    if close:
-        fix = f"did you mean {close[0]}?"
+    fix = nearest_name(name, known, f"known here: {', '.join(known)}")
     if glued := _with_space(name, known):
         fix = glued
     elif value in known:
@@ -153,8 +149,7 @@ def _replacement(key: Key, values: Any) -> str:
         is_here = any(issubclass(group, owner) for group in groups)
         return f"use {path.rpartition('.')[2] if is_here else path}"
     known = list(dict.fromkeys(known for group in groups for known in group.model_fields))
-    close = get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+    return nearest_name(name, known, f"known here: {', '.join(known)}")
 
 
 def _with_space(name: str, known: Iterable[str]) -> str:
@@ -192,8 +187,7 @@ def _hint(key: Key, values: Any, details: list[Mapping[str, Any]]) -> str:
     if any(d["type"] in ("float_type", "int_type") for d in details) and _is_number(value):
         return "remove the quotes"
     tagged = [d for d in details if d["type"] in ("literal_error", "union_tag_invalid")]
-    close = get_close_matches(value, [o for d in tagged for o in _options(d)], n=1)
-    return f"did you mean {close[0]}?" if close else ""
+    return nearest_name(value, [o for d in tagged for o in _options(d)])
 
 
 def _as_group(key: Key, value: str, values: Any) -> str:

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -17,7 +16,7 @@ from dtrain.config.messages import problems
 from dtrain.config.schema import Recipe
 from dtrain.config.yaml_document import Key, YamlDocument, dotted, parse_value, read_document
 from dtrain.core.cache_paths import user_path
-from dtrain.core.errors import UserError, UserErrors
+from dtrain.core.errors import UserError, UserErrors, nearest_name
 
 TRAINING = "training"  # in place of an evaluation set: the training loss
 _RANGE = re.compile(r"(log|uniform|int)\(\s*([^,\s]+)\s*,\s*([^,\s]+)\s*\)")
@@ -231,10 +230,8 @@ def _problems(error: ValidationError, document: YamlDocument) -> Iterator[UserEr
         key = detail["loc"]
         if detail["type"] == "extra_forbidden":
             group = SlurmJobs if len(key) > 1 else Sweep
-            close = get_close_matches(str(key[-1]), group.model_fields, n=1)
-            fix = (
-                f"did you mean {close[0]}?" if close else f"known: {', '.join(group.model_fields)}"
-            )
+            known = list(group.model_fields)
+            fix = nearest_name(str(key[-1]), known, f"known: {', '.join(known)}")
             unknown[key] = UserError(
                 f"{dotted(key)}: unknown key", where=document.where(key), fix=fix
             )
@@ -269,8 +266,7 @@ def _clashes(sweep: Sweep, base: Recipe) -> Iterator[UserError]:
         ("evaluate_on", sweep.evaluate_on, [*base.evaluation.sets, TRAINING]),
     ):
         if value is not None and value not in known:
-            close = get_close_matches(value, known, n=1)
-            fix = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
+            fix = nearest_name(value, known, f"one of {', '.join(known)}")
             yield UserError(f"the recipe has no {value}", where=key, fix=fix)
     for key in ("seed", "output.folder", "output.reuse", "name"):
         if key in sweep.parameters:

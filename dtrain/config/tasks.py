@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,7 @@ from dtrain.config.clash import Clash
 from dtrain.config.group import Count, Group, PathText, Text
 from dtrain.config.yaml_document import Key
 from dtrain.core.cache_paths import cache_folder, user_path
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, nearest_name
 from dtrain.core.files import read_json, write_json
 
 MODULE = "lm_eval"
@@ -97,8 +96,7 @@ def check_tasks(tasks: Tasks, sets: Collection[str]) -> Iterator[Clash]:
             keys: list[Key] = [key, ("evaluation", "sets", name)]
             yield Clash(keys, "both have this name", "rename the set")
         if name not in known:
-            close = get_close_matches(name, known, n=3)
-            fix = f"did you mean {' or '.join(close)}?" if close else "lm-eval ls tasks"
+            fix = nearest_name(name, known, "lm-eval ls tasks", most=3)
             yield Clash([key], f"lm-evaluation-harness has no task {name}", fix)
         elif known[name] == "tag":
             message = f"{name} is a tag of several tasks, which have no score together"

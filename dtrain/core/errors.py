@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from enum import IntEnum
 
 from dtrain.core.output import visible
@@ -44,6 +46,12 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (self.message, self.where, self.fix, self.status)
+
+
+def nearest_name(name: str, known: Iterable[str], otherwise: str = "", most: int = 1) -> str:
+    """The fix for an unknown name: up to `most` similar names that are known, else `otherwise`."""
+    close = get_close_matches(name, list(known), n=most)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
 def first_line(error: BaseException) -> str:

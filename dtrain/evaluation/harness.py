@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.metadata import version
 from itertools import islice
 from math import isclose
@@ -39,7 +38,7 @@ from dtrain.config.gates import Gate
 from dtrain.config.tasks import AT, Tasks
 from dtrain.config.yaml_document import dotted
 from dtrain.core.cache_paths import user_path
-from dtrain.core.errors import UserError, first_line
+from dtrain.core.errors import UserError, first_line, nearest_name
 from dtrain.core.hashes import fingerprint
 from dtrain.monitoring.scores import Score
 
@@ -159,8 +158,7 @@ def _task_manager(settings: Tasks) -> TaskManager:
 
 def _check_gate(name: str, gate: Gate, metrics: list[str]) -> None:
     if gate.metric is not None and gate.metric not in metrics:
-        close = get_close_matches(gate.metric, metrics, n=1)
-        fix = f"did you mean {close[0]}?" if close else f"use one of {', '.join(metrics)}"
+        fix = nearest_name(gate.metric, metrics, f"use one of {', '.join(metrics)}")
         where = f"evaluation.gates.{name}.metric"
         raise UserError(f"the task has no metric {gate.metric}", where=where, fix=fix)
 

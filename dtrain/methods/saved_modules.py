@@ -7,7 +7,6 @@ from the loaded base, and is one parameter where the originals are one (tied emb
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dtrain.config.methods import MethodSettings
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, nearest_name
 from dtrain.models.expert_layers import router_layers, routers
 
 WHERE, ROUTER = "method.modules_to_save", "method.router"
@@ -92,8 +91,7 @@ def trained_routers(model: nn.Module, method: MethodSettings, unused: set[str]) 
 def _unknown(name: str, modules: dict[str, nn.Module]) -> UserError:
     layers = {n for n, m in modules.items() if m._parameters}
     ends = sorted({layer.rpartition(".")[2] for layer in layers})
-    close = get_close_matches(name, ends, n=1)
-    fix = f"did you mean {close[0]}?" if close else f"choose from: {', '.join(ends)}"
+    fix = nearest_name(name, ends, f"choose from: {', '.join(ends)}")
     return UserError(f"no module is named {name!r}", where=WHERE, fix=fix)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import shutil
 import tempfile
@@ -10,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from dtrain.core.cache_paths import SAMPLE_PREFIX, sample_folder
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, nearest_name
 from dtrain.core.files import atomic_folder, write_json
 from dtrain.core.locks import FolderLock
 from dtrain.core.log import say
@@ -90,10 +89,5 @@ def check_known(name: str) -> None:
     """
     if name in SAMPLES:
         return
-    near = difflib.get_close_matches(name, SAMPLES, n=1, cutoff=0.5)
-    known = ", ".join(SAMPLES)
-    raise UserError(
-        f"there is no sample {name!r}",
-        where=f"{SAMPLE_PREFIX}{name}",
-        fix=f"did you mean {near[0]}?" if near else f"choose from: {known}",
-    )
+    fix = nearest_name(name, SAMPLES, f"choose from: {', '.join(SAMPLES)}")
+    raise UserError(f"there is no sample {name!r}", where=f"{SAMPLE_PREFIX}{name}", fix=fix)

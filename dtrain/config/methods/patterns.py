@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import re2
 
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, nearest_name
 
 Value = TypeVar("Value")
 
@@ -133,9 +133,8 @@ def check_patterns(patterns: Mapping[str, Value], modules: Sequence[str], where:
             message, fix = f"earlier patterns match all that {pattern!r} matches", "put it first"
             raise UserError(message, where=where, fix=fix)
         names = sorted({*modules, *(module.rpartition(".")[2] for module in modules)})
-        close = get_close_matches(pattern, names, n=3)
         fix = f"choose from: {', '.join(name for name in names if '.' not in name)}"
-        fix = f"did you mean {', '.join(close)}?" if close else fix
+        fix = nearest_name(pattern, names, fix, most=3)
         raise UserError(f"no layer with an adapter is named {pattern!r}", where=where, fix=fix)
 
 
