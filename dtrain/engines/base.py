@@ -36,6 +36,7 @@ from dtrain.engines.optimizers import (
     state_tensors,
     with_average,
 )
+from dtrain.models.compute_dtype import limit_autocast
 from dtrain.models.decoder_layers import decoder_layers
 from dtrain.models.load import resolve_dtype
 from dtrain.models.training_flops import training_flops_per_token
@@ -193,6 +194,17 @@ class TorchEngine(Engine):
 
     optimizer: torch.optim.Optimizer
 
+    def __init__(self, module: nn.Module, recipe: Recipe, stage: Stage, world: World) -> None:
+        super().__init__(module, recipe, stage, world)
+        if self.uses_autocast:
+            trains_base = stage.method.traits.trains_base
+            limit_autocast(module, world.device, self.compute_dtype, base_trains=trains_base)
+
+    @property
+    def uses_autocast(self) -> bool:
+        """Whether what trains is wider than the compute dtype in the forward pass."""
+        return self.compute_dtype != torch.float32
+
     @cached_property
     def local_params(self) -> list[nn.Parameter]:
         """This rank's part of each of `trainable`, which its optimizer updates: here all of it."""
@@ -203,8 +215,8 @@ class TorchEngine(Engine):
         return norm
 
     def autocast(self) -> AbstractContextManager[object]:
-        dtype = self.compute_dtype
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
+        enabled = self.uses_autocast
+        return torch.autocast(self.world.device.type, self.compute_dtype, enabled=enabled)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()

@@ -61,12 +61,16 @@ class Fsdp2(TorchEngine):
         unsharded = [n for n, p in module.named_parameters() if not isinstance(p, DTensor)]
         assert not unsharded, f"not sharded: {unsharded[:3]}"
 
+    @property
+    def uses_autocast(self) -> bool:
+        return super().uses_autocast and not self.stage.method.traits.trains_base
+
     def precision(self) -> MixedPrecisionPolicy:
         """Full fine-tuning gathers its float32 weights in the compute dtype.
 
         An adapter's weights are small, and its frozen base is in the compute dtype already.
         """
-        if not self.stage.method.traits.trains_base or self.compute_dtype == torch.float32:
+        if self.uses_autocast or self.compute_dtype == torch.float32:
             return MixedPrecisionPolicy()
         return MixedPrecisionPolicy(self.compute_dtype, reduce_dtype=torch.float32)
 

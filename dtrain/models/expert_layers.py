@@ -16,6 +16,8 @@ from dtrain.models.kernels.same_program import same_program
 
 llama4: Any = LazyModule("transformers.models.llama4.modeling_llama4")  # few models need it
 
+MARK = "chooses_experts"  # attribute of routers, which their copies have too
+
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds experts that `routed_experts` or `batched_experts` computes."""
@@ -118,6 +120,11 @@ def routers(model: nn.Module) -> set[str]:
     return found
 
 
+def is_router(module: nn.Module) -> bool:
+    """Whether `fix_routers` found a module to be a router, or it is the copy of one."""
+    return MARK in vars(module)
+
+
 def router_layers(model: nn.Module) -> set[str]:
     """Names of the routers and of the modules inside them."""
     return {
@@ -179,6 +186,7 @@ def fix_routers(model: nn.Module) -> None:
     for name in router_layers(model):
         model.get_submodule(name).eval().train = _stay  # type: ignore[assignment,method-assign]
     for name in routers(model):
+        setattr(model.get_submodule(name), MARK, True)
         block = model.get_submodule(name.rpartition(".")[0])
         for key in [key for key in vars(block) if key.endswith("jitter_noise")]:
             setattr(block, key, 0.0)

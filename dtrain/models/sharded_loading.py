@@ -18,12 +18,12 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import FLOATS, check_complete
 from dtrain.models.check_base import stored_quantized_error
+from dtrain.models.compute_dtype import kept_dtypes
 from dtrain.models.conversion import Conversion, expert_parts
 from dtrain.models.expert_layers import expert_parameters
 from dtrain.models.expert_nf4 import holds_nf4, mark_experts, packed_parameter
@@ -259,13 +259,9 @@ def build_frozen_meta_model(
 
 def _keep_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Set the dtypes of parameters that transformers keeps in float32, as `from_pretrained`."""
-    dtypes = model._get_dtype_plan(dtype)
-    if not dtypes:
-        return
-    pattern, by_group, _ = build_glob_alternation(list(dtypes))
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if (match := pattern.search(name)) and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtypes[by_group[str(match.lastgroup)]])
+    tensors = model.state_dict(keep_vars=True)
+    for name, kept in kept_dtypes(model, dtype).items():
+        tensors[name].data = tensors[name].data.to(kept)
 
 
 def _replace_by_nf4(model: nn.Module, name: str, dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from dtrain.core.units import count
 from dtrain.data.packed_dataset import PackedDataset, check_vocabulary
 from dtrain.distributed.world import World
 from dtrain.merge.provenance import model_fingerprint
+from dtrain.models.compute_dtype import limit_autocast
 from dtrain.models.hub import base_folder
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import read_config, resolve_dtype
@@ -154,6 +156,8 @@ def _load(recipe: Recipe, world: World, folder: Path) -> nn.Module:
         streamed.materialize(model)
     parameters = parameter_counts(model)[1]
     kernels = apply_kernels(model, settings)
+    if dtype != torch.float32:
+        limit_autocast(model, device, dtype)
     if is_sharded:
         ranks = recipe.engine.shard if ENGINES[recipe.engine.kind].shard_group else "all"
         fsdp2.shard_frozen(model, streamed.materialize, ranks, world)
