@@ -197,8 +197,8 @@ class HangWatchdog:
         if beat["finished"] or not beat["beat"]:  # without "beat" it has not started yet
             return False
         silent = self._silent_seconds(beat)
-        if beat["gone"]:  # it failed, and may still write its status
-            return silent > 2 * MIN_LIMIT_SECONDS
+        if beat["gone"]:  # it failed, and may wait for the first rank's status, then write its own
+            return silent > 3 * MIN_LIMIT_SECONDS
         if is_on_this_host(beat) and process_state(beat) in DEAD_OR_STOPPED:
             return silent > MIN_LIMIT_SECONDS / 4  # a debugger may stop it for a moment
         return silent > SILENT_SECONDS

@@ -17,6 +17,7 @@ import torch
 
 from dtrain.core.errors import Exit
 from dtrain.distributed import hang_watchdog
+from dtrain.pipeline import exit_report
 
 RANK = """
 import os, signal, sys, time
@@ -136,6 +137,18 @@ def test_remote_rank_is_not_reported_as_stopped_for_a_minute(tmp_path, monkeypat
         clock.forward(5)
         named = ranks_named(watchdog)
     assert named == [1]
+
+
+def test_rank_that_fails_may_wait_for_the_first_ranks_report(tmp_path, monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    watchdog = in_steps(tmp_path, 60.0)
+    other_beats(tmp_path)
+    clock.forward(6)
+    assert ranks_named(watchdog) == []
+    (tmp_path / "rank-00001.json").unlink()
+    for seconds, named in ((6, []), (exit_report.WAIT_SECONDS + 15, []), (6, [1])):
+        clock.forward(seconds)
+        assert ranks_named(watchdog) == named
 
 
 @pytest.mark.parametrize("least", [hang_watchdog.MIN_LIMIT_SECONDS, 60.0])
