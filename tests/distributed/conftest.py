@@ -209,6 +209,13 @@ class Zygote:
             for rank in range(ranks)
         ]
 
+    def run(self, ranks: int, worker: str, arguments: Sequence[str], log: Path) -> str:
+        """Start ranks and wait for their success; returns what they printed."""
+        pids = self.start(ranks, worker, arguments, log)
+        statuses = [self.ask(wait=pid) for pid in pids]
+        assert not any(statuses), log.read_text()[-6000:]
+        return log.read_text()
+
     def ask(self, **request: object) -> int:
         """One request, one answer."""
         assert self.process.stdin and self.process.stdout
@@ -271,10 +278,7 @@ def start(tmp_path: Path, zygote: Zygote) -> Callable[..., str]:
     def run(ranks: int, worker: str, arguments: Sequence[str] = ()) -> str:
         log = tmp_path / f"{worker}.log"
         log.unlink(missing_ok=True)
-        pids = zygote.start(ranks, worker, arguments, log)
-        statuses = [zygote.ask(wait=pid) for pid in pids]
-        assert not any(statuses), log.read_text()[-6000:]
-        return log.read_text()
+        return zygote.run(ranks, worker, arguments, log)
 
     return run
 

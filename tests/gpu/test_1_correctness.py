@@ -21,6 +21,7 @@ from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.load import freeze_for_training
 from dtrain.models.loss import target_logits
 from dtrain.models.packing_probe import ProbeSequence
+from tests.micro_batches import fill_lora_b
 
 LENGTHS = (1, 2, 77, 129, 500, 777)  # tokens of the documents of a row
 STOP_AT_ONCE = {"DTRAIN_END_TIME": "1"}  # the end of the job is past: one step, a checkpoint
@@ -126,9 +127,7 @@ def test_grouped_experts_equal_one_after_the_other(
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     adapted = get_peft_model(model, LoraConfig(r=rank, target_modules=[], target_parameters=names))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
+    fill_lora_b(adapted, std=0.05)
     assert patch_modules(adapted)["experts"] == 2
     ids, results = torch.arange(3, 12, device=device)[None], []
     for grouped in (True, False):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from typer.testing import CliRunner
 
@@ -25,6 +25,7 @@ from dtrain.core.hashes import fingerprint
 from dtrain.core.weight_files import weight_files
 from dtrain.merge.provenance import model_fingerprint
 from dtrain.rank_main import resolve
+from tests.micro_batches import fill_lora_b
 
 RANKS = 3
 
@@ -64,9 +65,7 @@ def adapter(base: Path, folder: Path, seed: int = 1) -> Path:
         LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"]),
     )
     torch.manual_seed(seed)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
+    fill_lora_b(adapted, std=0.05)
     adapted.save_pretrained(folder)
     return folder
 

@@ -32,6 +32,7 @@ from dtrain.merge.nf4 import Nf4Base
 from dtrain.merge.provenance import model_fingerprint
 from dtrain.methods.base import build_method
 from dtrain.models.load import load_base
+from tests.micro_batches import fill_lora_b
 
 IDS = torch.arange(20)[None]
 SMALL = {
@@ -56,9 +57,7 @@ def make_adapter(base: Path, folder: Path, **settings: object) -> Path:
     chosen = {"r": 8, "lora_alpha": 12, "target_modules": "all-linear"} | settings
     adapted = get_peft_model(model, LoraConfig(**chosen))
     torch.manual_seed(1)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
+    fill_lora_b(adapted, std=0.05)
     adapted.save_pretrained(folder, save_embedding_layers=False)  # as save_adapter does
     return folder
 
@@ -178,9 +177,7 @@ def trained_in_nf4(base: Path, folder: Path) -> nn.Module:
     lora = Lora(kind="qlora", r=8, dropout=0.0, target_modules=["q_proj", "down_proj"])
     method = build_method(lora)
     adapted = method.attach(model, seed=2)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
+    fill_lora_b(adapted, std=0.05)
     tensors = {n: p.detach() for n, p in adapted.named_parameters() if p.requires_grad}
     method.save(folder, adapted, tensors)
     return adapted.eval()

@@ -21,6 +21,7 @@ from dtrain.methods.base import build_method
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.parameter_counts import parameter_counts
 from dtrain.objectives.base import adapters_disabled
+from tests.micro_batches import fill_lora_b
 
 LORA = Lora(kind="lora", r=4, alpha=6.0, dropout=0.1)
 
@@ -107,9 +108,7 @@ PATTERNS = Lora(
 
 def test_patterns_give_pefts_ranks_and_scales(tmp_path: Path) -> None:
     model = build_method(PATTERNS).attach(base(), seed=5)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
+    fill_lora_b(model, std=0.1)
     build_method(PATTERNS).save(tmp_path / "adapter", model, trainable(model))
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["rank_pattern"] == PATTERNS.rank_pattern
@@ -165,9 +164,7 @@ def test_full_trains_all_parameters_in_float32() -> None:
 def trained(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
     """An adapter that changes the logits, saved."""
     model = build_method(LORA).attach(base(), seed=5)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
+    fill_lora_b(model, std=0.1)
     tensors = trainable(model)
     build_method(LORA).save(folder, model, tensors, base="some/base")
     return model.eval(), tensors

@@ -26,6 +26,7 @@ from dtrain.models.divergence import (
 from dtrain.models.kernels import fused_cross_entropy
 from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.loss import target_logits
+from tests.micro_batches import micro_batch
 
 BETA, LENGTHS = 0.3, [5, 1, 12]
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -84,13 +85,8 @@ def build(config: PretrainedConfig, *, fused: bool) -> nn.Module:
 
 
 def batch() -> MicroBatch:
-    tokens = sum(LENGTHS)
-    ids = torch.randint(0, 60, (1, tokens), generator=torch.Generator().manual_seed(1))
-    positions = torch.cat([torch.arange(n) for n in LENGTHS])
-    targets = (positions > 0).nonzero()[:, 0]
-    return MicroBatch(
-        ids, positions[None], targets - 1, ids[0, targets], LENGTHS, [0], [tokens]
-    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    return micro_batch(torch.randint(0, 60, (sum(LENGTHS),), generator=generator), LENGTHS)
 
 
 def assert_is_torchs(kind: str, student: nn.Module, teacher: nn.Module, rows: MicroBatch) -> None:

@@ -33,6 +33,7 @@ from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.positions import rotate_by_document
 from dtrain.objectives.causal_lm import SupervisedFinetuning
 from dtrain.training.train_step import compute_loss, poisoned
+from tests.micro_batches import micro_batch
 
 META = torch.device("meta")
 SMALL = {
@@ -86,12 +87,7 @@ def autocast_knows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batch(lengths: list[int]) -> MicroBatch:
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    targets = (positions > 0).nonzero()[:, 0]
-    ids = torch.arange(len(positions))
-    return MicroBatch(
-        ids[None], positions[None], targets - 1, ids[targets], lengths, [0], [len(ids)]
-    )
+    return micro_batch(torch.arange(sum(lengths)), lengths)
 
 
 def engine(config: PretrainedConfig, method: Any, kernels: str, *, recomputes: bool) -> Any:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.methods import Lora
-from dtrain.data.loader import MicroBatch
 from dtrain.methods.base import build_method
 from dtrain.models import attention
 from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels.patch import patch_modules
 from dtrain.models.loss import target_losses
+from tests.micro_batches import fill_lora_b, micro_batch
 
 LORA = Lora(kind="lora", r=4)
 PARTS = {
@@ -69,16 +69,11 @@ def losses(change: Callable[[nn.Module], None], submodule: str, *, kernels: bool
     ).requires_grad_(False)  # fmt: skip
     change(model.get_submodule(PARTS[submodule]))
     adapted = build_method(LORA).attach(model, seed=0)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.3)
+    fill_lora_b(adapted, std=0.3)
     if kernels:
         patch_modules(adapted)
     lengths = [9, 14]
-    ids = torch.arange(sum(lengths))[None] % 64
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    columns = (positions > 0).nonzero()[:, 0]
-    row = MicroBatch(ids, positions[None], columns - 1, ids[0, columns], lengths, [3], [23])
+    row = micro_batch(torch.arange(sum(lengths)) % 64, lengths, [3])
     set_dropout_key(adapted, 1, 2, row.sequences, row.sequence_lengths)
     loss = target_losses(adapted, row)[0]
     loss.backward()

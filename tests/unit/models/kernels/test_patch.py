@@ -31,6 +31,7 @@ from dtrain.models.kernels import fused_cross_entropy, lora_linear, native
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.load import load_base
 from dtrain.models.loss import target_logits, target_losses
+from tests.micro_batches import micro_batch
 
 CPU = torch.device("cpu")
 LENGTHS = [5, 1, 17, 9]
@@ -85,18 +86,8 @@ def build(folder: Path, method: Full | Lora, kernels: str, **settings: object) -
 def batch() -> MicroBatch:
     generator = torch.Generator().manual_seed(1)
     tokens = sum(LENGTHS)
-    ids = torch.randint(0, 64, (1, tokens), generator=generator)
-    positions = torch.cat([torch.arange(n) for n in LENGTHS])
-    targets = (positions > 0).nonzero()[:, 0]
-    return MicroBatch(
-        ids,
-        positions[None],
-        targets - 1,
-        ids[0, targets],
-        LENGTHS,
-        [7, 8],
-        [23, tokens - 23],
-    )
+    ids = torch.randint(0, 64, (tokens,), generator=generator)
+    return micro_batch(ids, LENGTHS, [7, 8], [23, tokens - 23])
 
 
 def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:

@@ -31,6 +31,7 @@ from dtrain.models.dropout import set_dropout_key
 from dtrain.models.kernels import native
 from dtrain.models.kernels.patch import apply_kernels
 from dtrain.models.loss import target_losses
+from tests.micro_batches import micro_batch
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "step_counts.json"
 LENGTHS = [50, 150, 56]
@@ -119,10 +120,7 @@ def build(method: Full | Lora, kernels: str, attention_name: str) -> nn.Module:
 
 
 def batch() -> MicroBatch:
-    positions = torch.cat([torch.arange(n) for n in LENGTHS])
-    ids = torch.arange(TOKENS) % VOCABULARY
-    targets = (positions > 0).nonzero()[:, 0]
-    return MicroBatch(ids[None], positions[None], targets - 1, ids[targets], LENGTHS, [0], [TOKENS])
+    return micro_batch(torch.arange(TOKENS) % VOCABULARY, LENGTHS)
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:

@@ -28,6 +28,7 @@ from dtrain.models.tokenizer import load_tokenizer
 from dtrain.objectives.base import adapters_disabled, build_objective, objective_class
 from dtrain.objectives.regularizers.base import TERM, build_stage_objective
 from dtrain.samples.make import ensure
+from tests.micro_batches import fill_lora_b
 
 LORA = Lora(kind="lora", r=4)
 
@@ -44,9 +45,7 @@ def model(request) -> nn.Module:
     )
     adapted = build_method(Lora(kind="lora", r=3, dropout=0.0)).attach(base, seed=0)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
+        fill_lora_b(adapted, std=0.1)
     apply_kernels(adapted, settings)
     return adapted
 

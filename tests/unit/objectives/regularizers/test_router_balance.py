@@ -21,6 +21,7 @@ from dtrain.models.routing import ExpertLoad, LoadBalance
 from dtrain.objectives.base import Objective
 from dtrain.objectives.causal_lm import ContinuedPretraining
 from dtrain.objectives.regularizers.router_balance import RouterBalance
+from tests.micro_batches import micro_batch
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -54,13 +55,15 @@ def batch(first: int, count: int, sequence_id: int = 0) -> MicroBatch:
     lengths = LENGTHS[first : first + count]
     start = sum(LENGTHS[:first])
     ids = torch.arange(start, start + sum(lengths)) % 97
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    targets = (positions > 0).nonzero()[:, 0]
-    numbers = list(range(first, first + count))
-    return MicroBatch(
-        ids[None], positions[None], targets - 1, ids[targets], lengths, numbers, lengths,
-        [sequence_id] * count, np.arange(count), np.zeros(count, dtype=np.int64),
-    )  # fmt: skip
+    return micro_batch(
+        ids,
+        lengths,
+        range(first, first + count),
+        lengths,
+        sequence_ids=[sequence_id] * count,
+        document_ids=np.arange(count),
+        labels=np.zeros(count, dtype=np.int64),
+    )
 
 
 class Alone:
