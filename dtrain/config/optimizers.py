@@ -60,8 +60,8 @@ OPTIMIZERS: dict[str, OptimizerTraits] = {
         whole_parameters=True,
     ),
     "muon": OptimizerTraits(
-        "one float32 in matrices of layers, whose updates are orthogonal; AdamW elsewhere, at the "
-        "same rate (arXiv:2502.16982)",
+        "one float32 in matrices of layers and of experts, whose updates are orthogonal; AdamW "
+        "elsewhere, at the same rate (arXiv:2502.16982)",
         state_bytes=8.0,
         layer_matrix_bytes=4.0,
         whole_parameters=True,

@@ -18,7 +18,6 @@ from dtrain.core.errors import UserError
 from dtrain.distributed.world import World
 from dtrain.engines.base import MaterializeFn, TorchEngine
 from dtrain.engines.optimizers import build_optimizer
-from dtrain.models.decoder_layers import layer_matrices
 
 
 class Ddp(TorchEngine):
@@ -41,9 +40,7 @@ class Ddp(TorchEngine):
         super().__init__(module, recipe, stage, world)
         materialize(module)
         self.replica = (world.rank, world.size)
-        self.optimizer = build_optimizer(
-            self.trainable_names, self.local_params, stage, layer_matrices(module)
-        )
+        self.optimizer = build_optimizer(self.trainable_names, self.local_params, stage, module)
         # All ranks load the same base and initialize the same adapter: nothing to broadcast.
         self.model = DistributedDataParallel(
             module, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -112,9 +109,7 @@ class StrictDdp(TorchEngine):
         materialize(module)
         self.model = module
         self.replica = (world.rank, world.size)
-        self.optimizer = build_optimizer(
-            self.trainable_names, self.local_params, stage, layer_matrices(module)
-        )
+        self.optimizer = build_optimizer(self.trainable_names, self.local_params, stage, module)
         train = stage.train
         self._leaves = accumulation(train.global_batch_size, world.size, train.micro_batch)
         self._leaf, self._sums = 0, list[Tensor]()

@@ -63,7 +63,7 @@ class Zero(Engine):
             check_ds_config(settings, file)
         self.prepare_module(settings, materialize)
         parameters = [p for _, p in self.trainable]
-        optimizer = build_optimizer(self.trainable_names, parameters, stage)
+        optimizer = build_optimizer(self.trainable_names, parameters, stage, module)
         with short_parameter_repr():
             self.model, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings

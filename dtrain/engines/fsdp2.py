@@ -57,7 +57,7 @@ class Fsdp2(TorchEngine):
         # An adapter's unsharded gradient is small enough to be reduced once a step.
         self.reduce_every_micro_batch = stage.method.trains_whole_modules
         self.reduces = True
-        self.optimizer = build_optimizer(self.trainable_names, self.local_params, stage)
+        self.optimizer = build_optimizer(self.trainable_names, self.local_params, stage, module)
         unsharded = [n for n, p in module.named_parameters() if not isinstance(p, DTensor)]
         assert not unsharded, f"not sharded: {unsharded[:3]}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -16,6 +15,8 @@ from transformers.optimization import Adafactor
 
 from dtrain.config.methods.patterns import match_parameter
 from dtrain.config.schema import Stage
+from dtrain.models.decoder_layers import layer_matrices
+from dtrain.models.expert_layers import expert_biases, whole_shape
 
 LEARNING_RATE_SCALE = "learning_rate_scale"  # a key of our parameter groups
 BY_MUON = "by_muon"  # the same: Muon updates the group's matrices
@@ -30,6 +31,25 @@ MUON_STATE = {"momentum_buffer": "exp_avg"}
 SCHEDULE_FREE_STATE = {"z": "z", "exp_avg_sq": "exp_avg_sq"}
 
 
+class StackedMuon(Muon):
+    """torch's Muon for matrices, and for stacks [E, o, h] of them, each matrix by itself."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+        # Updates as large as AdamW's, so that one learning rate serves both.
+        empty = [group | {"params": []} for group in groups]  # torch's takes no stack
+        super().__init__(empty, lr=lr, adjust_lr_fn="match_rms_adamw")
+        for group, given in zip(self.param_groups, groups, strict=True):
+            group["params"] = given["params"]
+
+    def _init_group(self, group: Any, *lists: list[Tensor]) -> bool:
+        stacked: list[list[Tensor]] = [[] for _ in lists]  # parameters, gradients, momenta
+        super()._init_group(group, *stacked)
+        for views, tensors in zip(lists, stacked, strict=True):
+            for tensor in tensors:
+                views += tensor.unbind() if tensor.dim() == 3 else [tensor]
+        return False
+
+
 class MuonWithAdamW(Optimizer):
     """Muon for the matrices of groups with `by_muon`, AdamW for the other groups."""
 
@@ -37,10 +57,9 @@ class MuonWithAdamW(Optimizer):
         super().__init__(groups, {"lr": lr, "fused": True})
         muon = [group for group in groups if group[BY_MUON]]
         others = [group for group in groups if not group[BY_MUON]]
-        # Updates as large as AdamW's, so that one learning rate serves both.
         self.parts: list[Optimizer] = []
         if muon:
-            self.parts.append(Muon(muon, lr=lr, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(StackedMuon(muon, lr))
         if others:
             self.parts.append(AdamW(others, lr=lr, fused=True))
         self.param_groups = [group for part in self.parts for group in part.param_groups]
@@ -86,23 +105,24 @@ _FACTORIES: dict[str, tuple[Any, dict[str, str]]] = {
 
 
 def build_optimizer(
-    names: list[str],
-    parameters: list[nn.Parameter],
-    stage: Stage,
-    layer_matrices: Iterable[str] = (),
+    names: list[str], parameters: list[nn.Parameter], stage: Stage, model: nn.Module
 ) -> Optimizer:
     """The stage's optimizer over trainable parameters; weight decay on matrices only.
 
     Args:
-        names: of the parameters; `learning_rate_scale` may differ between them.
-        layer_matrices: names of the matrices inside decoder layers.
+        names: of the parameters in `model`; `learning_rate_scale` may differ between them.
+        parameters: those that are updated, such as an engine's shards.
     """
-    train, layer_matrices = stage.train, set(layer_matrices)
+    train = stage.train
+    biases, matrices = expert_biases(model), set[str]()
+    if train.optimizer == "muon":
+        matrices = layer_matrices(model)
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in zip(names, parameters, strict=True):
-        decays = is_matrix(parameter) and stage.method.decays(name)
+        is_matrix = len(whole_shape(parameter)) > 1 and name not in biases
+        decays = is_matrix and stage.method.decays(name)
         weight_decay = train.weight_decay if decays else 0.0
-        key = weight_decay, learning_rate_scale(name, stage), name in layer_matrices
+        key = weight_decay, learning_rate_scale(name, stage), name in matrices
         groups.setdefault(key, []).append(parameter)
     # The fused kernel passes through memory once instead of ten times.
     can_fuse = train.optimizer == "adamw" and all(p.is_cpu or p.is_cuda for p in parameters)
@@ -130,11 +150,6 @@ def learning_rate_scale(name: str, stage: Stage) -> float:
     scales = stage.train.learning_rate_scales
     pattern = match_parameter(scales, name)
     return stage.method.learning_rate_scale(name) * (scales[pattern] if pattern else 1.0)
-
-
-def is_matrix(parameter: nn.Parameter) -> bool:
-    """Whether a parameter has at least two dimensions; ZeRO-3 keeps the shape in `ds_shape`."""
-    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from dtrain.models.expert_layers import expert_biases, expert_parameters
+
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The outermost modules that transformers says must not be split.
@@ -23,7 +25,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [block for block in blocks if block not in inner]
 
 
-def layer_matrices(model: nn.Module) -> list[str]:
-    """Names of the matrices inside decoder layers."""
+def layer_matrices(model: nn.Module) -> set[str]:
+    """Names of the matrices inside decoder layers, and of the stacks that hold those of experts."""
     inside = {p for block in decoder_layers(model) for p in block.parameters() if p.dim() == 2}
-    return [name for name, parameter in model.named_parameters() if parameter in inside]
+    matrices = {name for name, parameter in model.named_parameters() if parameter in inside}
+    return (matrices - expert_biases(model)) | expert_parameters(model).keys()

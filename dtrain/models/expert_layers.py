@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -105,6 +106,23 @@ def expert_parameters(model: nn.Module) -> dict[str, Tensor]:
         for parameter, values in module.named_parameters(recurse=False)
         if values.dim() == 3
     }
+
+
+def expert_biases(model: nn.Module) -> set[str]:
+    """Names of the parameters that stack the biases [o] of experts."""
+    return {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if is_experts(module)
+        for parameter, values in module.named_parameters(recurse=False)
+        if len(whole_shape(values)) < 3
+    }
+
+
+def whole_shape(parameter: Tensor) -> Sequence[int]:
+    """The shape of a parameter; where ZeRO-3 keeps a shard of it, `ds_shape` is the whole."""
+    shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def routers(model: nn.Module) -> set[str]:

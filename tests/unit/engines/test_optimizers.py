@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from schedulefree import AdamWScheduleFree
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dtrain.config.schema import Stage
 from dtrain.engines.optimizers import (
@@ -42,7 +42,7 @@ def test_muon_updates_the_matrices_of_layers_and_adamw_the_rest() -> None:
     assert sorted(layer_matrices(model)) == sorted(matrices)
     copies = {n: nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
     optimizer = build_optimizer(
-        list(names), list(parameters), stage(optimizer="muon", weight_decay=0.1), matrices
+        list(names), list(parameters), stage(optimizer="muon", weight_decay=0.1), model
     )
     muon = torch.optim.Muon(
         [copies[n] for n in matrices], lr=RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
@@ -67,12 +67,42 @@ def test_muon_updates_the_matrices_of_layers_and_adamw_the_rest() -> None:
         torch.testing.assert_close(parameter, copies[name], msg=name)
 
 
+def test_muon_updates_each_expert_by_itself_and_biases_of_experts_do_not_decay() -> None:
+    config = GptOssConfig(
+        hidden_size=16, intermediate_size=8, vocab_size=32, head_dim=8, num_attention_heads=2,
+        num_key_value_heads=1, num_hidden_layers=1, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = GptOssForCausalLM(config)
+    named = {n: p for n, p in model.named_parameters() if ".experts." in n}
+    for parameter in named.values():
+        parameter.data.normal_()
+    copies = {name: [nn.Parameter(x.clone()) for x in p.detach()] for name, p in named.items()}
+    biases = [copy for name in named if name.endswith("bias") for copy in copies[name]]
+    matrices = [copy for name in named if name.endswith("proj") for copy in copies[name]]
+    assert len(matrices) == len(biases) == 6
+    optimizer = build_optimizer(
+        [*named], [*named.values()], stage(optimizer="muon", weight_decay=0.1), model
+    )
+    muon = torch.optim.Muon(matrices, lr=RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(biases, lr=RATE, weight_decay=0.0)
+    for _ in range(3):
+        for name, parameter in named.items():
+            parameter.grad = torch.randn_like(parameter)
+            for copy, gradient in zip(copies[name], parameter.grad, strict=True):
+                copy.grad = gradient.clone()
+        set_learning_rate(optimizer, RATE)
+        for each in (optimizer, muon, adamw):
+            each.step()
+    for name, parameter in named.items():
+        torch.testing.assert_close(parameter.data, torch.stack(copies[name]).data, msg=name)
+
+
 def test_schedule_free_is_that_of_its_library_however_often_a_step_calls_it() -> None:
     shapes = [(4, 3), (5,)]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     optimizer: Any = build_optimizer(
-        ["a", "b"], ours, stage(optimizer="schedule_free", weight_decay=0.1)
+        ["a", "b"], ours, stage(optimizer="schedule_free", weight_decay=0.1), nn.Module()
     )
     library = AdamWScheduleFree(
         [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:]}], lr=RATE

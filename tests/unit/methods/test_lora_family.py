@@ -140,7 +140,7 @@ def test_lora_plus_is_pefts(folder: Path) -> None:
         }
     )
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    optimizer = build_optimizer([n for n, _ in trained], [p for _, p in trained], stage)
+    optimizer = build_optimizer([n for n, _ in trained], [p for _, p in trained], stage, model)
     set_learning_rate(optimizer, RATE)
     other_optimizer = create_loraplus_optimizer(
         other, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=4.0
