@@ -110,7 +110,8 @@ def test_other_methods_resume(start_ranks, weights, changes) -> None:
 
 
 def test_signal_stops_the_run_and_a_second_run_is_rejected(dtrain_run) -> None:
-    live = dtrain_run(*EVERY_STEP)
+    settings = [*EVERY_STEP, "stages.domain.train.steps=60"]  # the second start takes seconds
+    live = dtrain_run(*settings)
     live.until_step("domain", 1)
     recipe = (live.folder / "recipe.yaml").read_bytes()
     second = dtrain_run("seed=7").wait(2)
@@ -129,7 +130,7 @@ def test_signal_stops_the_run_and_a_second_run_is_rejected(dtrain_run) -> None:
         "reason": "asked to stop; start it again to resume",
     }
     (live.folder / "stop").touch()  # left over from this stop; the next run ignores it
-    again = dtrain_run(*EVERY_STEP).wait(0)
+    again = dtrain_run(*settings).wait(0)
     assert "resuming from step" in again.output
     assert again.json("outcome.json")["outcome"] == "finished"
 
