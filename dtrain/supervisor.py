@@ -87,7 +87,7 @@ class Supervisor:
             if faults:
                 handle_faults(faults, run, [str(script), *words], self._environ)
                 return Exit.CRASHED
-        status = Exit.INTERRUPTED
+        status: int = Exit.INTERRUPTED
         if not self.is_warned:
             status = self._train(self.command(recipe, run, allocation))
         return self.end(run, status)

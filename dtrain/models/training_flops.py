@@ -56,7 +56,7 @@ def _expert_shares(model: nn.Module) -> dict[nn.Parameter, tuple[int, int]]:
     base = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
     described = build_meta_model(base.config, trust_remote_code=base.is_custom_code())
     active = experts_per_token(described)
-    shares = {}
+    shares: dict[nn.Parameter, tuple[int, int]] = {}
     for name, module in experts:
         outermost = model.get_submodule(name.partition(".base_layer")[0])  # PEFT's wrapper
         shares |= dict.fromkeys(outermost.parameters(), (active, int(module.num_experts)))
