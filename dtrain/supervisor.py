@@ -21,6 +21,7 @@ from dtrain.config.checks import check_batches
 from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
+from dtrain.core.interrupts import say_in_handler
 from dtrain.core.os_errors import explained_os_errors
 from dtrain.core.output import protect_output
 from dtrain.core.ownership import keep_private
@@ -158,9 +159,7 @@ class Supervisor:
     def warn(self, number: int, frame: FrameType | None) -> None:
         """Handle Slurm's warning that the job ends soon: ask the ranks to save and stop."""
         self.is_warned = True
-        line = slurm.stamped("Slurm warned; the ranks save and stop")
-        with suppress(OSError):
-            os.write(2, f"{line}\n".encode())  # this handler may have interrupted a print
+        say_in_handler(slurm.stamped("Slurm warned; the ranks save and stop"))
         if self._run is not None:
             with suppress(OSError):
                 self._run.stop.touch()  # for ranks that do not listen yet

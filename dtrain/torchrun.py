@@ -24,7 +24,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from types import FrameType
 
-from dtrain.core.interrupts import INTERRUPTED_EARLY, end_on_interrupt, release_interrupts
+from dtrain.core.interrupts import (
+    INTERRUPTED_EARLY,
+    end_on_interrupt,
+    release_interrupts,
+    say_in_handler,
+)
 
 if __name__ == "__main__":  # the imports below take seconds
     end_on_interrupt(INTERRUPTED_EARLY)
@@ -84,7 +89,7 @@ class Signals:
         if not workers:  # none has started, or all have ended
             if number != signal.SIGINT:
                 raise SystemExit(Exit.INTERRUPTED)
-            print(INTERRUPTED_EARLY, file=sys.stderr)
+            say_in_handler(INTERRUPTED_EARLY)
             raise SystemExit(Exit.CTRL_C)
         for worker in workers:
             with suppress(psutil.NoSuchProcess):  # it has just ended

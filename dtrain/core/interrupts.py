@@ -1,4 +1,7 @@
-"""Ctrl-C while a program starts. It imports next to nothing, so that it can come first."""
+"""Ctrl-C while a program starts, and what signal handlers print.
+
+It imports next to nothing, so that it can come first.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,17 @@ def end_on_interrupt(message: str = "") -> None:
 
     def end(number: int, frame: FrameType | None) -> None:
         if message:
-            with suppress(OSError):  # the terminal is gone
-                os.write(2, f"{message}\n".encode())
+            say_in_handler(message)
         os._exit(Exit.CTRL_C)
 
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, end)
+
+
+def say_in_handler(message: str) -> None:
+    """Print a line on stderr from a signal handler, which may have interrupted a print."""
+    with suppress(OSError):  # the terminal is gone
+        os.write(2, f"{message}\n".encode())
 
 
 def hold_interrupts() -> None:

@@ -155,6 +155,19 @@ def test_signal_reaches_the_workers(tmp_path: Path, number: int) -> None:
     assert errors == ""
 
 
+def test_interrupt_before_any_worker_may_come_in_the_middle_of_a_print(monkeypatch, capfd) -> None:
+    class Busy:
+        def write(self, text: str) -> int:
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    monkeypatch.setattr(psutil.Process, "children", lambda self: [])
+    monkeypatch.setattr(sys, "stderr", Busy())
+    with pytest.raises(SystemExit) as ended:
+        Signals()._pass_on(signal.SIGINT, None)
+    assert ended.value.code == Exit.CTRL_C
+    assert "interrupted before the training" in capfd.readouterr().err
+
+
 def test_signal_reaches_the_workers_after_one_that_has_just_ended(monkeypatch) -> None:
     processes = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
     workers = [psutil.Process(process.pid) for process in processes]
