@@ -26,6 +26,7 @@ from types import FrameType
 
 from dtrain.core.interrupts import (
     INTERRUPTED_EARLY,
+    catch_stop_signals,
     end_on_interrupt,
     release_interrupts,
     say_in_handler,
@@ -48,7 +49,6 @@ from dtrain.core.ownership import check_own_folder, keep_private
 from dtrain.distributed.rendezvous import choose_rendezvous, restrict_stores
 from dtrain.launching.commands import LAUNCHER, worker_environment
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # A rank has failed, and the others wait for it: their work is lost anyway.
 SECONDS_FOR_THE_OTHERS = 10
 FOLDER_PREFIX = "torchelastic_"
@@ -76,10 +76,7 @@ class Signals:
 
     def listen(self) -> None:
         """Catch the signals from now on."""
-        for number in PASSED_ON:
-            # nohup ignores SIGHUP on purpose; a shell's background job ignores SIGINT by accident
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._pass_on)
+        catch_stop_signals(self._pass_on)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in self.seen:

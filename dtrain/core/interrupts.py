@@ -1,4 +1,4 @@
-"""Ctrl-C while a program starts, and what signal handlers print.
+"""Ctrl-C while a program starts, and the signals that stop a run.
 
 It imports next to nothing, so that it can come first.
 """
@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
 from dtrain.core.errors import Exit
 
 INTERRUPTED_EARLY = "interrupted before the training; the same command starts it again"
+# At which a run saves and stops; a launcher passes them on to its ranks.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def catch_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Call `handler` at each of STOP_SIGNALS from now on."""
+    for number in STOP_SIGNALS:
+        # nohup ignores SIGHUP on purpose; a shell's background job ignores SIGINT by accident
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def end_on_interrupt(message: str = "") -> None:

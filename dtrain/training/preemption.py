@@ -10,11 +10,11 @@ from pathlib import Path
 from types import FrameType
 
 from dtrain.core.errors import Exit
+from dtrain.core.interrupts import catch_stop_signals
 from dtrain.core.run_dir import RunDir
 
 END_TIME_VARIABLES = ("DTRAIN_END_TIME", "SLURM_JOB_END_TIME")  # seconds since 1970
 SPARE_SECONDS = 30.0  # for the work after the save
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopFlag:
@@ -35,10 +35,7 @@ class StopFlag:
 
     def listen(self) -> None:
         """Install the signal handlers. Repeated signals do no harm."""
-        for number in STOP_SIGNALS:
-            # nohup ignores SIGHUP on purpose; a shell's background job ignores SIGINT by accident
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._catch)
+        catch_stop_signals(self._catch)
 
     def is_set(self, step_seconds: float, save_seconds: float) -> bool:
         """Whether this process was asked to stop, or has no time for more than a step and a save.

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.training.preemption import SPARE_SECONDS, STOP_SIGNALS, StopFlag, end_time
+from dtrain.core.interrupts import STOP_SIGNALS
+from dtrain.training.preemption import SPARE_SECONDS, StopFlag, end_time
 
 
 @pytest.fixture(autouse=True)
