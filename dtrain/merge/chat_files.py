@@ -29,6 +29,8 @@ from dtrain.models.peft_format import (
     GENERATION,
     NEW_TOKENIZER_FILES,
     GenerationFile,
+    read_generation,
+    stop_texts,
 )
 
 TOKENIZER = "tokenizer_config.json"
@@ -89,10 +91,9 @@ def combined_chat_files(base: Path, adapters: Sequence[Path]) -> dict[str, str]:
     """Return the files for several adapters of one base: every stop, the last one's template."""
     stops, files = list[StopCriterion](), dict[str, str]()
     for folder in adapters:
-        if (folder / GENERATION).is_file():
-            config = read_json(folder / GENERATION, GenerationFile)
-            stops += [StopCriterion(token=token) for token in _as_list(config.get("eos_token_id"))]
-            stops += [StopCriterion(text=text) for text in _as_list(config.get("stop_strings"))]
+        ends = _as_list(read_generation(folder).get("eos_token_id"))
+        stops += [StopCriterion(token=token) for token in ends]
+        stops += [StopCriterion(text=text) for text in stop_texts(folder)]
         if template := stored_template(folder):
             files[CHAT_TEMPLATE] = template
     return files | ({GENERATION: generation_config(base, stops)} if stops else {})
@@ -106,8 +107,7 @@ def merged_chat_files(base: Path, files: dict[str, str]) -> dict[str, str]:
     Raises:
         UserError: a file of the base, which the merge would copy, is damaged.
     """
-    if (base / GENERATION).is_file():
-        read_json(base / GENERATION, GenerationFile)
+    read_generation(base)
     if CHAT_TEMPLATE not in files:
         return files
     result = dict(files)

@@ -30,7 +30,7 @@ from dtrain.models.check_base import check_new
 from dtrain.models.hub import PATTERNS, base_folder
 from dtrain.models.load import read_config
 from dtrain.models.packing_probe import build_probe_model
-from dtrain.models.peft_format import GENERATION
+from dtrain.models.peft_format import read_generation
 from dtrain.models.tokenizer import load_tokenizer, tokenizer_difference
 from dtrain.models.vocabulary import (
     ROWS_KEY,
@@ -177,8 +177,7 @@ def _check_unused(tokens: dict[int, str], base: Path, config: PretrainedConfig) 
 
     The row of a padding token would not train, and generation would stop at one that ends a turn.
     """
-    path = base / GENERATION
-    for group in (config.to_dict(), read_object(path) if path.is_file() else {}):
+    for group in (config.to_dict(), read_generation(base)):
         for key, number in _named_tokens(group):
             if number in tokens:
                 raise UserError(

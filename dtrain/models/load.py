@@ -16,7 +16,6 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError, first_line
-from dtrain.core.files import read_json
 from dtrain.core.log import warn
 from dtrain.core.weight_files import check_complete, read_headers
 from dtrain.models import attention, attention_probe
@@ -33,7 +32,7 @@ from dtrain.models.meta_model import (
     unused_towers,
     without_modules,
 )
-from dtrain.models.peft_format import GENERATION, GenerationFile
+from dtrain.models.peft_format import read_generation
 from dtrain.models.positions import rotate_by_document
 from dtrain.models.quantize import (
     check_quantized,
@@ -207,8 +206,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         )
     except Exception as error:  # architectures check their configs in many ways
         raise UserError(first_line(error), where=str(folder / "config.json")) from error
-    if (folder / GENERATION).is_file():  # transformers takes any types in it
-        read_json(folder / GENERATION, GenerationFile)
+    read_generation(folder)  # transformers takes any types in it
     config.__dict__.pop("quantization_config", None)  # the values of its codes are loaded
     _check_trainable(folder, config, has_code=needs_code)
     check_experts(build_meta_model(config, trust_remote_code), str(folder / "config.json"))

@@ -173,6 +173,27 @@ def adapter_base(folder: Path) -> str | None:
     return str(inside) if named.startswith(".") and inside.exists() else named
 
 
+def read_generation(folder: Path) -> dict[str, Any]:
+    """The generation_config.json of a model or adapter; empty if it has none.
+
+    Raises:
+        UserError: it is damaged, or a value that dtrain or transformers uses has another type.
+    """
+    path = folder / GENERATION
+    content: dict[str, Any] = read_json(path, GenerationFile) if path.is_file() else {}
+    return content
+
+
+def stop_texts(folder: Path) -> list[str]:
+    """The texts that end an answer of a model or adapter, where no single token does.
+
+    Raises:
+        UserError: as `read_generation`.
+    """
+    texts: str | list[str] = read_generation(folder).get("stop_strings") or []
+    return [texts] if isinstance(texts, str) else texts
+
+
 def base_reference(base: str, adapter: Path, run: Path) -> str:
     """How an adapter's config names its base, so that a run folder can be moved.
 

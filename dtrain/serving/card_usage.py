@@ -16,7 +16,7 @@ from dtrain.core.files import read_object
 from dtrain.core.lazy_import import LazyModule
 from dtrain.core.stage_dir import ADAPTER_CONFIG
 from dtrain.models.check_base import find_model
-from dtrain.models.peft_format import BOTTLENECK, CHAT_TEMPLATE, GENERATION
+from dtrain.models.peft_format import BOTTLENECK, CHAT_TEMPLATE, stop_texts
 from dtrain.serving.adapter_list import AdapterInfo, read_adapter
 from dtrain.serving.run_models import ServedRun
 from dtrain.serving.vllm import command, max_rank, refusals, stored_codes
@@ -221,8 +221,7 @@ def _serve_command(adapter: AdapterInfo, base: str, trusts_code: bool) -> str:
 
 def _stop_notes(folder: Path) -> Iterator[str]:
     """The settings with which a server ends an answer."""
-    known = read_object(folder / GENERATION) if (folder / GENERATION).is_file() else {}
-    if texts := known.get("stop_strings"):
+    if texts := stop_texts(folder):
         yield f"An answer ends with one of these texts, to send as `stop`: {texts}."
     if (folder / ADAPTER_CONFIG).is_file() and (folder / CHAT_TEMPLATE).is_file():
         yield f"Conversations have the chat template of the file {CHAT_TEMPLATE}."

@@ -17,7 +17,7 @@ from dtrain.core.files import read_object, read_text, write_atomic
 from dtrain.core.hashes import fingerprint
 from dtrain.core.stage_dir import ADAPTER_CONFIG
 from dtrain.launching.commands import quote
-from dtrain.models.peft_format import CHAT_TEMPLATE, GENERATION
+from dtrain.models.peft_format import CHAT_TEMPLATE, GENERATION, stop_texts
 from dtrain.serving.adapter_list import AdapterInfo, list_adapters
 from dtrain.serving.run_models import ServedRun, trained_template
 
@@ -199,8 +199,7 @@ def _notes(run: ServedRun, folders: Sequence[Path]) -> list[str]:
             "# ask /v1/completions with '### Instruction:\\n…\\n\\n### Response:\\n'.",
         ]
     for folder in folders:
-        known = read_object(folder / GENERATION) if (folder / GENERATION).is_file() else {}
-        if texts := known.get("stop_strings"):
+        if texts := stop_texts(folder):
             stop = json.dumps({"stop": texts}, ensure_ascii=False)
             notes.append(
                 _comment(f"# Its turns end with a text, so send {stop} with each request.")
