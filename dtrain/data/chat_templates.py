@@ -217,6 +217,12 @@ def no_template_error(where: str = "data.template: auto") -> UserError:
     )
 
 
+def syntax_error(error: TemplateSyntaxError, setting: str) -> UserError:
+    """The error of a template that is not jinja; `setting` is the recipe's."""
+    where = f"template: {setting}:{error.lineno}"
+    return UserError(f"not a jinja template: {error.message}", where=where)
+
+
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -253,9 +259,7 @@ def resolve_template(setting: str, tokenizer: PreTrainedTokenizerBase) -> ChatTe
         fix = "use another template: this one does not terminate, or is malicious"
         raise UserError(f"the template: {error}", where=f"template: {setting}", fix=fix) from error
     except TemplateSyntaxError as error:
-        raise UserError(
-            f"not a jinja template: {error.message}", where=f"template: {setting}:{error.lineno}"
-        ) from error
+        raise syntax_error(error, setting) from error
     except Exception:  # a template may refuse this conversation and accept others
         pass
     return template

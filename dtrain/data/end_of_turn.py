@@ -28,6 +28,7 @@ from dtrain.data.chat_templates import (
     no_template_error,
     read_template,
     resource_limits,
+    syntax_error,
 )
 from dtrain.data.conversations import Conversation, Messages
 
@@ -224,9 +225,7 @@ def check_template(setting: str, base: Path | None) -> None:
     try:
         _ = LightTemplate(text or "", ())._compiled
     except TemplateSyntaxError as error:
-        raise UserError(
-            f"not a jinja template: {error.message}", where=f"template: {setting}:{error.lineno}"
-        ) from error
+        raise syntax_error(error, setting) from error
 
 
 def _own_text(base: Path | None, config: dict[str, Any]) -> str | None:

@@ -219,9 +219,8 @@ def _planned(draft: Draft, cluster: Cluster) -> Draft:
             shard = ", shard: node" if engine.shard == "node" else ""
             settings = f"{{kind: {engine.kind}{shard}}}"
             return replace(candidate, engine=settings, why=_why(candidate, engine.kind))
-    gpus = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
     raise UserError(
-        f"does not fit on {gpus}, even in 4 bits with recomputed activations",
+        f"does not fit on {cluster}, even in 4 bits with recomputed activations",
         where=draft.base,
         fix="more or larger GPUs (--gpus, --nodes, --gpu), or a smaller base",
     )

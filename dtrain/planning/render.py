@@ -38,9 +38,7 @@ def render_plan(plan: RecipePlan, columns: int, price: float | None = None) -> I
     Args:
         price: of an hour of one GPU, in any currency.
     """
-    cluster = plan.cluster
-    where = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
-    yield f"{plan.name} on {where}: {plan.verdict}"
+    yield f"{plan.name} on {plan.cluster}: {plan.verdict}"
     base = f"{plan.base}, {count(plan.shape.parameters)} parameters"
     if plan.shape.experts:
         base += f", {count(plan.shape.active_parameters)} of them for a token"

@@ -44,6 +44,9 @@ class Cluster:
         """Ranks of a run on the whole cluster."""
         return self.nodes * self.gpus_per_node
 
+    def __str__(self) -> str:
+        return f"{self.nodes} x {self.gpus_per_node} {self.gpu.name}"
+
 
 @dataclass(frozen=True)
 class Workload:

@@ -97,8 +97,7 @@ def _cost_items(
         yield ("not planned", error.message)
         return
     verdict = max((plan.verdict for plan in plans), key=ORDER.index)
-    gpus = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
-    yield ("each run on", f"{gpus}: {verdict}")
+    yield ("each run on", f"{cluster}: {verdict}")
     skipped = {stage.name for stage in recipes.shared}
     per_run = _hours(plans, skipped)
     shared = Estimate(0.0, 0.0, 0.0)
