@@ -97,16 +97,33 @@ def group_rows(rows: Tensor, experts: int) -> Groups:
 
 @dataclass(frozen=True)
 class ExpertLora:
-    """The LoRA of all experts.
+    """The LoRA of all experts, as PEFT keeps it.
 
     Attributes:
-        a, b: [E, r, h] and [E, o, r].
+        a, b: PEFT's parameters of its A and B, [E r, in] and [out, r E].
         scale: factor of B·A.
+        experts: E.
+        swapped: PEFT takes matrices [in, out] for [out, in]: its B is our A.
     """
 
     a: Tensor
     b: Tensor
     scale: float
+    experts: int
+    swapped: bool
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [E, r, h] and B [E, o, r], views of the parameters as these are now."""
+        a = self.a.view(self.experts, -1, self.a.shape[1])
+        b = self.b.view(self.b.shape[0], -1, self.experts).permute(2, 0, 1)
+        return (b.transpose(1, 2), a.transpose(1, 2)) if self.swapped else (a, b)
+
+    def gradients(self, da: Tensor, db: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of the parameters, from those of the factors."""
+        if self.swapped:
+            da, db = db.transpose(1, 2), da.transpose(1, 2)
+        return da.reshape(self.a.shape), db.permute(1, 2, 0).reshape(self.b.shape)
 
 
 def routed_experts(
@@ -159,9 +176,8 @@ def _project(module: Any, name: str, x: Tensor, groups: Groups) -> Tensor:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     base = ExpertWeights(weight, expert_states(module, name), has_transposed_matrices(module))
     lora = _lora(module, name)
-    ab = () if lora is None else (lora.a, lora.b)
-    scale = 0.0 if lora is None else lora.scale
-    y: Tensor = _Grouped.apply(x.to(dtype), base, scale, groups, weight, *ab)
+    trained = () if lora is None else (lora.a, lora.b)
+    y: Tensor = _Grouped.apply(x.to(dtype), base, lora, groups, weight, *trained)
     if getattr(module, "has_bias", False):
         ids = torch.repeat_interleave(
             torch.arange(module.num_experts, device=x.device),
@@ -179,18 +195,18 @@ class _Grouped(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         base: ExpertWeights,
-        scale: float,
+        lora: ExpertLora | None,
         groups: Groups,
         weight: Tensor,
-        *ab: Tensor,
+        *trained: Tensor,
     ) -> Tensor:
         y = base.multiply(x, groups, forward=True)
         small = []
-        if ab:
-            a, b = (_dense(factor, x.dtype).transpose(1, 2) for factor in ab)
+        if lora is not None:
+            a, b = (_dense(factor, x.dtype).transpose(1, 2) for factor in lora.factors)
             small = [grouped_mm(x, a, groups)]
-            y += grouped_mm(small[0], b, groups).mul_(scale)
-        ctx.base, ctx.scale, ctx.groups, ctx.ab = base, scale, groups, ab
+            y += grouped_mm(small[0], b, groups).mul_(lora.scale)
+        ctx.base, ctx.lora, ctx.groups = base, lora, groups
         ctx.save_for_backward(x, *small)
         return y
 
@@ -198,20 +214,20 @@ class _Grouped(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, *small = ctx.saved_tensors
-        base, groups, weight = ctx.base, ctx.groups, ctx.base.weight
+        base, lora, groups, weight = ctx.base, ctx.lora, ctx.groups, ctx.base.weight
         dx = base.multiply(dy, groups, forward=False) if ctx.needs_input_grad[0] else None
-        dw, dab = None, list[Tensor]()
-        if small:
-            a, b = ctx.ab
-            inner = grouped_mm(dy, _dense(b, dy.dtype), groups).mul_(ctx.scale)
-            db = grouped_outer(dy, small[0], groups, b).mul_(ctx.scale)
-            dab = [grouped_outer(inner, x, groups, a), db]
+        dw, trained = None, tuple[Tensor, ...]()
+        if lora is not None:
+            a, b = lora.factors
+            inner = grouped_mm(dy, _dense(b, dy.dtype), groups).mul_(lora.scale)
+            db = grouped_outer(dy, small[0], groups, b).mul_(lora.scale)
+            trained = lora.gradients(grouped_outer(inner, x, groups, a), db)
             if dx is not None:
                 dx += grouped_mm(inner, _dense(a, dy.dtype), groups)
         if ctx.needs_input_grad[4]:
             left, right = (x, dy) if base.transposed else (dy, x)
             dw = grouped_outer(left, right, groups, weight)
-        return dx, None, None, None, dw, *dab
+        return dx, None, None, None, dw, *trained
 
 
 @dataclass(frozen=True)
@@ -298,11 +314,7 @@ def _lora(module: nn.Module, name: str) -> ExpertLora | None:
         return None
     (active,) = wrapper.active_adapters
     a, b = wrapper.lora_A[active].weight, wrapper.lora_B[active].weight
-    experts = wrapper.num_experts
-    a, b = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts).permute(2, 0, 1)
-    if is_batched(module):  # PEFT takes its matrices [in, out] for [out, in]
-        a, b = b.transpose(1, 2), a.transpose(1, 2)
-    return ExpertLora(a, b, wrapper.scaling[active])
+    return ExpertLora(a, b, wrapper.scaling[active], wrapper.num_experts, is_batched(module))
 
 
 def _call(inner: nn.Module, *args: Any, **kwargs: Any) -> Any:

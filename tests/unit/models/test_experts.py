@@ -200,6 +200,24 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zero(write: Callable) -> No
 
 
 @KINDS
+def test_adapters_are_read_again_in_the_backward_pass(write: Callable, kind: str) -> None:
+    """ZeRO-3 frees them after a layer's forward pass, and gathers them into other memory."""
+    _, model = adapted(write(kind))
+    patch_modules(model)
+    weights = [p for n, p in model.named_parameters() if "experts" in n and "lora_" in n]
+    found = []
+    for moves in (False, True):
+        loss = logits(model).square().mean()
+        for parameter in weights if moves else ():
+            freed, parameter.data = parameter.data, parameter.data.clone()
+            freed.zero_()
+        found.append(torch.autograd.grad(loss, weights))
+    assert len(weights) == 8
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second) and first.any()
+
+
+@KINDS
 def test_a_saved_adapter_is_loaded_by_peft(write: Callable, kind: str, tmp_path: Path) -> None:
     folder = write(kind)
     method, model = adapted(folder)
