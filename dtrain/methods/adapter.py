@@ -37,6 +37,7 @@ from dtrain.methods.saved_modules import (
 from dtrain.methods.targets import resolve_targets
 from dtrain.models.dropout import key_dropouts
 from dtrain.models.expert_layers import expert_parameters, own_experts, router_layers, routers
+from dtrain.models.expert_nf4 import packed_parameters
 from dtrain.models.meta_model import (
     build_meta_model,
     linear_layers,
@@ -181,13 +182,14 @@ class AdapterMethod(AddedMethod[Settings]):
         """Weights under an adapter, whole modules, and all that NF4 rounded: a merge writes it."""
         assert isinstance(model, PeftModel)
         base = model.get_base_model()
-        modules = base.named_modules()
-        changed = {n: m for n, m in modules if isinstance(m, BaseTunerLayer | Linear4bit)}
+        modules = dict(base.named_modules())
+        changed = {n: m for n, m in modules.items() if isinstance(m, BaseTunerLayer | Linear4bit)}
         weights = {
-            f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
+            f"{name}.{getattr(module, 'parameter_name', 'weight')}"
             for name, module in changed.items()
         }
-        weights = {name.replace(MARK, ".") for name in weights}
+        weights |= {f"{n}.{p}" for n, m in modules.items() for p in packed_parameters(m)}
+        weights = {name.replace(".base_layer", "").replace(MARK, ".") for name in weights}
         return weights | set(saved_parameters(base).values())
 
     def saved_tensors(self, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

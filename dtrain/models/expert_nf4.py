@@ -117,6 +117,15 @@ def holds_nf4(module: nn.Module) -> bool:
     return hasattr(module, STATES)
 
 
+def packed_parameters(module: nn.Module) -> list[str]:
+    """Names of a module's parameters that are packed, or will be when they are loaded."""
+    states = vars(module).get(STATES)
+    if states is None:
+        return []
+    own = module.named_parameters(recurse=False)
+    return [name for name, values in own if values.dim() == 3 or name in states]
+
+
 def expert_states(module: nn.Module, name: str) -> ExpertStates | None:
     """The states of a packed parameter; None if it is not packed."""
     states: dict[str, Any] = getattr(module, STATES, {})

@@ -189,6 +189,17 @@ def test_no_penalty_takes_the_adapters_of_experts_for_those_of_one_layer(write: 
     assert penalized_layers(adapted(folder, experts=False)[1])
 
 
+@KINDS
+def test_a_merge_writes_experts_in_nf4_without_adapters_too(write: Callable, kind: str) -> None:
+    folder = write(kind)
+    experts = expert_parameters(plain(folder)).keys()
+    method, base = build_method(Lora(kind="qlora", experts=False)), streamed(folder, quantized=True)
+    model = method.attach(base.model, seed=1, device=CPU)
+    before = method.changed_tensors(model)  # as at the start, when a merge is checked
+    base.materialize(model)
+    assert experts and experts <= before == method.changed_tensors(model)
+
+
 def test_an_expert_without_tokens_gets_a_gradient_of_zero(write: Callable) -> None:
     _, model = adapted(write("qwen3_moe"))
     patch_modules(model)
