@@ -63,9 +63,10 @@ def generate(
     by = (
         f"{address} {name} {choices[name].fingerprint}".strip() + f", up to {max_new_tokens} tokens"
     )
-    answers = Answers.open(out, prompts, by)
-    if answers.done < total:
+    answers = Answers.open(out, prompts, by) if out.exists() else None  # before a load of minutes
+    if answers is None or answers.done < total:
         speaker = _speaker(address, choices[name])
+        answers = answers or Answers.open(out, prompts, by)  # a load that fails leaves no file
         answer_all(speaker, prompts, answers, batch_size, max_new_tokens)
     say(f"{out}: {answers.done} of {total} answered")
 

@@ -55,8 +55,9 @@ def nearest_name(name: str, known: Iterable[str], otherwise: str = "", most: int
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, and the next if it ends in a colon; else its type."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
 
 
 def _rebuild(message: str, where: str, fix: str, status: Exit) -> UserError:

@@ -18,6 +18,7 @@ from dtrain.config import schema
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.log import warn
 from dtrain.core.weight_files import check_complete, read_headers
+from dtrain.distributed.out_of_memory import is_out_of_memory
 from dtrain.models import attention, attention_probe
 from dtrain.models.by_document import separate_states, skip_hooks_of_experts
 from dtrain.models.expert_layers import check_experts, fix_routers
@@ -171,8 +172,14 @@ def _from_pretrained(
                 ignore_mismatched_sizes=True,  # reported in `info`; `check_complete` raises
                 **settings,
             )
-    except (TypeError, ValueError, LookupError, AttributeError) as error:  # of a damaged file
-        raise UserError(f"cannot be loaded: {first_line(error)}", where=str(folder)) from error
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"cannot be loaded: {first_line(error)}",
+            where=str(folder),
+            fix="weights and config.json must belong to the same model; download them again",
+        ) from error
     model, info = result
     return model, info
 

@@ -8,28 +8,34 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dtrain.core.errors import UserError
+from dtrain.core.errors import UserError, first_line
 from dtrain.core.hashes import fingerprint
+from dtrain.core.lazy_import import LazyModule
 from dtrain.core.weight_files import processor_template
+
+# Seconds to import, and only a tokenizer that cannot be loaded needs it.
+load: Any = LazyModule("dtrain.models.load")
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder, with the chat template of its processor if it has none.
 
     Raises:
-        UserError: it is missing or broken, or needs code that the recipe does not allow.
+        UserError: it is missing or broken, or needs code that the recipe does not allow; or the
+            model's config is broken, which transformers reads to choose the tokenizer.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # tokenizers also raises plain Exception
+        if (folder / "config.json").is_file():
+            load.read_config(folder, trust_remote_code=trust_remote_code)
         fix = "put the tokenizer's files into the model's folder"
         if "trust_remote_code" in str(error):
             fix = "read that code, then set model.trust_remote_code: true"
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"the tokenizer cannot be loaded: {reason}", where=str(folder), fix=fix
+            f"the tokenizer cannot be loaded: {first_line(error)}", where=str(folder), fix=fix
         ) from error
     if len(tokenizer) == 0:
         raise UserError("the tokenizer has no tokens", where=str(folder))

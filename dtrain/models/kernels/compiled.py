@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from dtrain.core.errors import first_line
 from dtrain.core.log import warn
 from dtrain.distributed.out_of_memory import is_out_of_memory
 from dtrain.models.kernels.native import PLAIN
@@ -54,7 +55,7 @@ def _try_compiled(function: Callable[..., R], args: Any, kwargs: Any) -> R:
         if is_out_of_memory(error) or before != list(_versions(args)):
             raise
         _failed.add(function)
-        why = str(error).strip().split("\n")[0]
+        why = first_line(error)
         warn(f"kernels: {function.__name__} does not compile here, so it runs uncompiled: {why}")
         return function(*args, **kwargs)
     return result
@@ -93,7 +94,7 @@ def _gpu_compiles() -> bool:
     try:
         _compiled(torch.neg)(torch.zeros(8, device="cuda"))
     except Exception as error:  # of torch, triton or a compiler
-        why = str(error).strip().split("\n")[0]
+        why = first_line(error)
         warn(f"kernels: torch.compile does not work here, so nothing is compiled: {why}")
         return False
     return True

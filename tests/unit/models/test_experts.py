@@ -419,6 +419,18 @@ def test_a_missing_expert_is_named_before_anything_is_read(
             read(folder)
 
 
+def test_experts_that_do_not_stack_are_refused(write: Callable) -> None:
+    folder = write("qwen3_moe")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.1.up_proj.weight"
+    tensors[name] = tensors[name].T.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = schema.Model(base=str(folder))
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        load_base(folder, settings, quantized=False, dtype=torch.float32, device=CPU)
+    assert error.value.where == str(folder)
+
+
 @pytest.mark.parametrize(
     "config",
     [

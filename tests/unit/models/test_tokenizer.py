@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,16 @@ def test_what_two_tokenizers_differ_in_is_named() -> None:
     with_special = tokenizer()
     with_special.add_special_tokens({"additional_special_tokens": ["b"]})
     assert "'b' is a special token" in tokenizer_difference(first, with_special)
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_size": "32"}, {"num_hidden_layers": None}])
+def test_a_broken_config_is_not_called_a_tokenizers_fault(
+    wrong: dict[str, object], tmp_path: Path
+) -> None:
+    tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()  # so that the config says which class reads it
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"} | wrong))
+    with pytest.raises(UserError, match="expected int, got") as error:
+        load_tokenizer(tmp_path)
+    assert error.value.where.endswith("config.json") and next(iter(wrong)) in error.value.message
+    assert "tokenizer" not in error.value.message

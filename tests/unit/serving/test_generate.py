@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from dtrain.cli import app
+from dtrain.cli import app, chat
 from dtrain.config.schema import Model
 from dtrain.core.errors import UserError
 from dtrain.serving.generate import Answers, count_prompts, generate, read_prompts
@@ -171,3 +171,19 @@ def test_a_stop_string_ends_an_answer(tmp_path: Path) -> None:
     middle = next(free[n : n + 3] for n in range(4, len(free)) if free[n : n + 3].isascii()
                   and free[n : n + 3].isalpha())  # fmt: skip
     assert answer(middle) == free.partition(middle)[0].strip() != free
+
+
+def test_a_base_that_cannot_be_loaded_leaves_no_file_of_answers(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("cannot be loaded")
+
+    monkeypatch.setattr(chat, "_speaker", fail)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match="cannot be loaded"):
+        chat.generate("dtrain:tiny-llama", prompts, out)
+    assert not out.exists()
+    out.write_text('{"prompt": "of another file"}\n')
+    with pytest.raises(UserError, match="answers another prompt"):  # before a load of minutes
+        chat.generate("dtrain:tiny-llama", prompts, out)
