@@ -73,7 +73,7 @@ def file_tensors(folder: Path) -> dict[str, FileTensor]:
     """The tensors of a model's files, by name; those that others store take the place of these.
 
     Raises:
-        UserError: as `read_headers`, or codes have no scales that fit.
+        UserError: as `read_headers`; codes have no scales that fit, or scales no codes.
     """
     headers = read_headers(folder)
     tensors = {
@@ -87,6 +87,12 @@ def file_tensors(folder: Path) -> dict[str, FileTensor]:
             made[name.removesuffix(BLOCKS)] = _mxfp4(name, scales, tensors)
         elif tensor.dtype == FP8 and (scales := name + SCALE_INV) in tensors:
             made[name] = _fp8(name, scales, tensors, folder)
+        elif (other := _other_half(name, tensor.dtype)) and other not in tensors:
+            raise UserError(
+                f"{name} ({tensor.dtype} {tensor.shape}) has no {other}",
+                where=str(tensor.path),
+                fix="download the model again, or use the original model in 16 bits",
+            )
     for tensor in made.values():
         for name in tensor.coded.names if tensor.coded else ():
             tensors.pop(name, None)  # some are for several
@@ -105,6 +111,19 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key != "quantization_config"
     }
+
+
+def _other_half(name: str, dtype: str) -> str:
+    """The tensor without which codes or scales have no values; empty for other tensors."""
+    if dtype == FP8:
+        return name + SCALE_INV
+    if name.endswith(SCALE_INV):
+        return name.removesuffix(SCALE_INV)
+    if dtype == "U8" and name.endswith(BLOCKS):
+        return name.removesuffix(BLOCKS) + SCALES
+    if dtype == "U8" and name.endswith(SCALES):
+        return name.removesuffix(SCALES) + BLOCKS
+    return ""
 
 
 def _mxfp4(codes: str, scales: str, tensors: Mapping[str, FileTensor]) -> FileTensor:

@@ -76,7 +76,8 @@ def open_model(folder: Path) -> LocalModel:
     shapes: dict[str, list[int]] = {}
     names = set[str]()  # in the files
     for name, tensor in file_tensors(folder).items():
-        if tensor.dtype not in FLOATS and name.endswith("weight"):  # masks may be bool
+        is_code = tensor.dtype.startswith("F") or name.endswith("weight")  # masks may be bool
+        if tensor.dtype not in FLOATS and is_code:
             raise stored_quantized_error(name, tensor.dtype, tensor.path)
         shapes[name] = tensor.shape
         names.update(tensor.coded.names if tensor.coded else (name,))

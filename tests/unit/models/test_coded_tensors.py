@@ -256,7 +256,7 @@ def nothing(tensors: dict[str, Tensor]) -> None:
         (
             drop("scale_inv"),
             {"quant_method": "fp8", "weight_block_size": [32, 32]},
-            r"is stored as F8_E4M3",
+            r"weight \(F8_E4M3 \[.*\]\) has no .*weight_scale_inv",
         ),
         (cut, {"quant_method": "fp8", "weight_block_size": [32, 32]}, r"do not fit together"),
         (nothing, {"quant_method": "fp8"}, r"says no weight_block_size of two numbers"),
@@ -303,6 +303,35 @@ def test_fp8_of_odd_shapes_is_refused(shape: list[int], grid: list[int], tmp_pat
     )
     with pytest.raises(UserError, match=r"m\.weight .* do not fit together"):
         ModelTensors(folder)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, other",
+    [
+        ("mlp.up_proj.weight", torch.float8_e4m3fn, "mlp.up_proj.weight_scale_inv"),
+        ("experts.down_proj", torch.float8_e4m3fn, "experts.down_proj_scale_inv"),
+        ("mlp.up_proj.weight_scale_inv", torch.float32, "mlp.up_proj.weight"),
+        ("experts.down_proj_blocks", torch.uint8, "experts.down_proj_scales"),
+        ("experts.down_proj_scales", torch.uint8, "experts.down_proj_blocks"),
+    ],
+)
+def test_codes_without_scales_and_scales_without_codes_are_refused(
+    name: str, dtype: torch.dtype, other: str, tmp_path: Path
+) -> None:
+    folder = write_fp8(tmp_path / "base", {name: torch.zeros(2, 2).to(dtype)})
+    (folder / "tokenizer.json").write_text("{}")
+    for read in (open_model, ModelTensors, verify_model):
+        with pytest.raises(UserError, match=rf"{name} .* has no {other}\n.*download") as caught:
+            read(folder)
+        assert caught.value.where == str(folder / "model.safetensors")
+
+
+def test_a_float_of_eight_bits_is_refused_whatever_its_name(tmp_path: Path) -> None:
+    tensors = {"experts.down_proj": torch.zeros(2, 2).to(torch.float8_e5m2)}
+    folder = write_fp8(tmp_path / "base", tensors)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"experts\.down_proj is stored as F8_E5M2"):
+        open_model(folder)
 
 
 def test_fp8_experts_with_a_scale_each_are_read(tmp_path: Path) -> None:
