@@ -160,7 +160,8 @@ class MergeableAdapter:
         (self.saved_base if is_adapted else self.replaced)[base_name] = key
 
     def _take_tokens(self, module: str, key: str) -> None:
-        name, setting = self._find(f"{module}.weight", key), self.config["trainable_token_indices"]
+        name = self._find(f"{module}.weight", key)
+        setting = self.config.get("trainable_token_indices")
         if isinstance(setting, dict):
             matching = (v for k, v in setting.items() if f".{module}".endswith(f".{k}"))
             setting = next(matching, None)

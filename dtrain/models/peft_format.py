@@ -101,6 +101,7 @@ class StageRecordContent(TypedDict, total=False):
 _Rank = Annotated[int, Field(ge=1, le=2**20)]
 _Names = list[str] | str | None
 _Tokens = list[Count]
+_Flag = bool | None
 
 
 class _AdapterConfig(TypedDict, total=False):
@@ -116,10 +117,16 @@ class _AdapterConfig(TypedDict, total=False):
     target_modules: _Names
     exclude_modules: _Names
     modules_to_save: list[str] | None
+    target_parameters: list[str] | None
     layers_to_transform: _Tokens | Count | None
     layers_pattern: _Names
     trainable_token_indices: _Tokens | dict[str, _Tokens] | None
     bias: str
+    use_dora: _Flag
+    use_rslora: _Flag
+    lora_bias: _Flag
+    fan_in_fan_out: _Flag
+    ensure_weight_tying: _Flag
     projection_prng_key: Annotated[int, Field(ge=-(2**63), lt=2**63)]
     bottleneck_size: _Rank
     activation: str

@@ -65,7 +65,8 @@ class AdapterInfo:
     def _parameter_ranks(self) -> set[int]:
         """Their ranks by the config: A of E experts is [E r, in]."""
         patterns, default = self.config.get("rank_pattern"), self.config.get("r")
-        return {value_for(patterns, parameter, default) for parameter in self._parameters}
+        ranks = (value_for(patterns, parameter, default) for parameter in self._parameters)
+        return {rank for rank in ranks if isinstance(rank, int)}
 
     def _is_of_parameter(self, key: str) -> bool:
         module = key.partition(".lora_")[0].replace(".base_layer", "")

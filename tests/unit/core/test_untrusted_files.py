@@ -215,6 +215,9 @@ def test_a_report_names_a_file_of_the_wrong_shape(tmp_path: Path, name: str, con
         {"peft_type": ["LORA"]},
         {"modules_to_save": 3},
         {"target_modules": {"a": 1}},
+        {"target_parameters": 3},
+        {"target_parameters": "experts.down_proj"},
+        {"use_dora": "false"},
     ],
 )
 def test_a_wrong_adapter_config_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
