@@ -80,10 +80,8 @@ def _adapters(run: ServedRun, adapters: list[AdapterInfo]) -> str:
         lines.append(_comment(f"# {why}"))
         taken = []
     if not taken:
-        stages = [stage for stage in run.recipe.stages if stage.name in names]
-        merges = not any(stage.method.traits.cannot_merge for stage in stages)
-        instead = "serve the merged model" if merges else "use dtrain chat or dtrain generate"
-        return "\n".join([*lines, f"# None of them can be served so: {instead}."])
+        instead = _instead(run, adapters)
+        return "\n".join([*lines, _comment(f"# None of them can be served so: {instead}.")])
     if quantized:
         lines.append(
             "# Trained over this base in NF4: over the plain base they give other answers."
@@ -93,6 +91,20 @@ def _adapters(run: ServedRun, adapters: list[AdapterInfo]) -> str:
     folders = [*(m for m in merged if str(m) == base), *(adapter.folder for adapter in taken)]
     options += [*_model_options(run), *_chat_options(run, folders)]
     return "\n".join([*lines, *_notes(run, folders), command(base, options)])
+
+
+def _instead(run: ServedRun, adapters: list[AdapterInfo]) -> str:
+    """What to do with adapters that vLLM does not serve."""
+    names = [adapter.name for adapter in adapters]
+    stages = [stage for stage in run.recipe.stages if stage.name in names]
+    if any(stage.method.traits.cannot_merge for stage in stages):
+        return "use dtrain chat or dtrain generate"
+    if len(stages) == len(adapters) and all(run.has_merged(stage) for stage in stages):
+        return "serve the merged model"
+    merged = {stage.name for stage in stages if run.has_merged(stage)}
+    first = next(adapter for adapter in adapters if adapter.name not in merged)
+    words = " ".join(quote(str(word)) for word in (first.base, first.folder))
+    return f"merge it with `dtrain merge {words} OUT`, and serve OUT"
 
 
 def stored_codes(base: str) -> str:

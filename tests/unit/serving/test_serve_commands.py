@@ -234,6 +234,24 @@ def test_an_adapter_without_a_merged_model_points_to_chat(
     assert "serve the merged model" not in text
 
 
+def test_an_adapter_that_was_not_merged_points_to_the_merge(
+    make_run: Callable[..., Path], make_adapter: Make
+) -> None:
+    run = make_run("run", "output.merge=false")
+    odd = {"peft_type": "IA3", "base_model_name_or_path": "b"}
+    for name in ("domain", "task"):
+        shutil.rmtree(run / name / "adapter")
+        make_adapter(run / name / "adapter", LAYERS, 8, **odd)
+        assert "None of them can be served so: serve the merged model." in script(open_run(run))
+    shutil.rmtree(run / "task" / "merged")
+    text = script(open_run(run))
+    task = text[text.index("# Adapters of one base (task)") :]
+    assert (
+        f"merge {run / 'domain' / 'merged'} {run / 'task' / 'adapter'} OUT`, and serve OUT" in task
+    )
+    assert "serve the merged model" not in task
+
+
 def test_max_lora_rank_covers_every_adapter(tmp_path: Path, make_adapter: Make) -> None:
     assert [max_rank([r]) for r in (1, 2, 8, 9, 65, 300, 512, 513)] == [
         1, 8, 8, 16, 128, 320, 512, None,
