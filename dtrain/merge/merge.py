@@ -335,7 +335,7 @@ def check_mergeable(base: Path, changed: Iterable[str]) -> None:
             reason = tensors.why_not_written(name)
             form = f"as {dtypes.pop()}" if dtypes else "in another layout"
             raise UserError(
-                f"{name} is trained, but the base's files store it {form}, which a merge cannot "
+                f"{name} changes, but the base's files store it {form}, which a merge cannot "
                 "write" + (f": {reason}" if reason else ""),
                 where=str(base),
                 fix="leave it out of method.target_modules (experts: method.experts=false); or "
