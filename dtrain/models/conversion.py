@@ -7,6 +7,7 @@ back to the files. A rule that does more than to move values is found by its res
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from dtrain.core.errors import UserError, first_line
 from dtrain.distributed.out_of_memory import is_out_of_memory
 
 COLUMNS = 8  # of a probe that moves rows
+SAME_MODEL = "weights and config.json must belong to the same model; download them again"
 EXPERTS = 3  # of a probe: a prime number, so that nothing divides them
 
 
@@ -78,9 +80,52 @@ class Conversion:
                 raise
             raise UserError(
                 f"the files' tensors do not make {first}: {first_line(error)}",
-                fix="weights and config.json must belong to the same model; download them again",
+                fix=SAME_MODEL,
             ) from error
         return {name: v[0] if isinstance(v, list) else v for name, v in entries.items()}
+
+    def check_shapes(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check that the files' tensors make entries of the model's shapes; none is read.
+
+        Args:
+            shapes: of the files' tensors, by name.
+
+        Raises:
+            UserError: they do not.
+        """
+        try:
+            made = self.convert(lambda name: torch.empty(*shapes[name], device="meta"))
+        except UserError as error:
+            if odd := self._find_odd(shapes):
+                raise UserError(odd, fix=error.fix) from error
+            raise
+        for entry, empty in self.empty.items():
+            stored, expected = list(made[entry].shape), list(empty.shape)
+            if stored == expected:
+                continue
+            first, *others = self.names
+            message = f"{first} {list(shapes[first])} and {len(others)} others in the files make "
+            message += f"{entry} {stored}, but it is {expected} by config.json"
+            if stored[1:] == expected[1:] and expert_parts(self):
+                experts = f"{stored[0]} experts in the files, but {expected[0]} by config.json"
+                message = f"{entry} has {experts}"
+            raise UserError(message, fix=SAME_MODEL)
+
+    def _find_odd(self, shapes: Mapping[str, Sequence[int]]) -> str:
+        """What is wrong with tensors that do not fit together; empty if it is not obvious."""
+        for names in self.sources.values():
+            counts = Counter(tuple(shapes[name]) for name in names)
+            (usual, _), *others = counts.most_common()
+            if others:
+                odd = next(name for name in names if tuple(shapes[name]) != usual)
+                return f"{odd} is {list(shapes[odd])} in the files, others of its kind {[*usual]}"
+        most, fewest = (f(self.sources.values(), key=len) for f in (max, min))
+        if len(most) == len(fewest):
+            return ""
+        return (
+            f"the files have {len(most)} tensors like {most[-1]}, but {len(fewest)} like "
+            f"{fewest[-1]}"
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ each byte from disk once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,7 @@ class StreamedModel:
         self._sources: dict[nn.Module, dict[str, TensorSource]] = {}
         self._shared: dict[nn.Parameter, nn.Parameter | None] = {}
         check_complete(folder, names.missing, names.unexpected)
+        check_conversions(folder, names.conversions, self._files)
         self._untie(names.stored)
         sources = {
             n: TensorSource([x], partial(self._files.read, x, device))
@@ -143,8 +144,6 @@ class StreamedModel:
             where = error.where or folder
             raise UserError(error.message, where=where, fix=error.fix) from error
         name = f"what {first}, … make" if source.is_converted else first
-        if source.is_converted:  # the shape of the others is checked before
-            check_shape(Path(folder), name, list(values.shape), list(empty.shape))
         if isinstance(empty, nn.Parameter):
             check_tensor(values, name, self._files[first].path)
         return values.to(dtype or empty.dtype)
@@ -198,6 +197,29 @@ def check_shape(folder: Path, name: str, stored: list[int], expected: list[int])
             where=str(folder),
             fix="weights and config.json must belong to the same model; download them again",
         )
+
+
+def check_conversions(
+    folder: Path, conversions: Iterable[Conversion], tensors: ModelTensors
+) -> None:
+    """Check that the files' tensors of another layout make the model's; none is read.
+
+    Raises:
+        UserError: they do not.
+    """
+    checked = set[object]()
+    for conversion in conversions:
+        shapes = {name: tensors[name].shape for name in conversion.names}
+        made = tuple(empty.shape for empty in conversion.empty.values())
+        by_pattern = tuple(map(len, conversion.sources.values()))
+        kind = id(conversion.rule), by_pattern, tuple(shapes.values()), made
+        if kind in checked:  # layers that are alike
+            continue
+        checked.add(kind)
+        try:
+            conversion.check_shapes(shapes)
+        except UserError as error:
+            raise UserError(error.message, where=str(folder), fix=error.fix) from error
 
 
 def check_dtype(folder: Path, name: str, stored: str, expected: Tensor) -> None:

@@ -264,15 +264,30 @@ def test_a_merged_model_computes_what_its_adapter_does(
     assert not torch.allclose(logits(merged), logits(plain(folder)), atol=1e-2)
 
 
-def test_an_expert_of_another_shape_is_refused_with_its_folder(write: Callable) -> None:
+@pytest.mark.parametrize(
+    ("changes", "config", "message"),
+    [
+        ({"2.down_proj": (32, 17)}, {}, r"experts\.2\.down_proj.* is \[32, 17\] .* \[32, 16\]"),
+        ({"4.up_proj": (16, 32)}, {}, r"5 tensors like .*experts\.4\.up_proj.*, but 4 like"),
+        ({}, {"num_local_experts": 5}, r"_proj has 4 experts in the files, but 5 by config\.json"),
+        ({}, {"moe_intermediate_size": 24}, r"\[4, 32, 16\], but it is \[4, 32, 24\] by config"),
+    ],
+)
+def test_experts_of_other_sizes_are_refused_before_any_is_read(
+    write: Callable, changes: dict[str, tuple[int, ...]], config: dict[str, int], message: str
+) -> None:
     folder = write("qwen3_moe")
-    tensors = load_file(folder / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("experts.2.down_proj.weight"))
-    tensors[name] = torch.zeros(len(tensors[name]), 17)
+    tensors, layer = load_file(folder / "model.safetensors"), "model.layers.1.mlp"
+    for name, shape in changes.items():
+        tensors[f"{layer}.experts.{name}.weight"] = torch.zeros(shape)
+    if "num_local_experts" in config:  # a router of five, for four experts
+        for number in range(2):
+            tensors[f"model.layers.{number}.mlp.gate.weight"] = torch.zeros(5, 32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    base = streamed(folder)
-    with pytest.raises(UserError, match=r"do not make .*experts\.down_proj") as refused:
-        base.materialize(base.model)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | config))
+    with pytest.raises(UserError, match=message) as refused:
+        streamed(folder)
     assert refused.value.where == str(folder)
 
 
