@@ -52,8 +52,10 @@ def check_experts(model: nn.Module, where: str) -> None:
     """Check that what chooses among the experts of a model, if it has any, is found.
 
     Raises:
-        UserError: it is not; or each expert is layers of its own.
+        UserError: it is not, or chooses more experts than there are; or each expert is layers of
+            its own.
     """
+    _check_choices(model, where)
     for name in own_experts(model):
         module, counts = model.get_submodule(name), _expert_counts(model.get_submodule(name))
         if any(isinstance(x, nn.ModuleList) and len(x) in counts for x in module.modules()):
@@ -74,6 +76,17 @@ def check_experts(model: nn.Module, where: str) -> None:
             where=where,
             fix="choose another mixture of experts, or a dense model",
         )
+
+
+def _check_choices(model: nn.Module, where: str) -> None:
+    for name, experts in model.named_modules():
+        if not is_experts(experts):
+            continue
+        block, count = name.rpartition(".")[0], int(experts.num_experts)  # type: ignore[arg-type]
+        for module in model.get_submodule(block).modules():  # the router, or the block itself
+            chosen = vars(module).get("top_k")
+            if type(chosen) is int and not 0 < chosen <= count:
+                raise UserError(f"a token uses {chosen} of {count} experts in {block}", where=where)
 
 
 def own_experts(model: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain.planning.architectures import ADAPTED_LAYERS, LOSS, MLPS, NORMS
+from dtrain.planning.kernel_table import ADAPTED_LAYERS, LOSS, MLPS, NORMS
 from dtrain.planning.workload import Workload
 
 CHUNK_BYTES = 1 << 28  # float32 logits of one chunk; each chunk reads the whole output matrix

@@ -6,6 +6,7 @@ f width of the MLP, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ from dtrain.core.coded_tensors import FORMATS
 from dtrain.core.errors import UserError
 from dtrain.core.file_types import check_type
 from dtrain.core.files import read_json
+from dtrain.planning.kernel_table import KERNELS
 from dtrain.planning.shapes import LinearShape, ModelShape, join_layers
 
 
@@ -31,8 +33,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """The content of a config.json.
 
     Raises:
-        UserError: the file cannot be read, does not contain an object, or describes more layers
-            than can be built.
+        UserError: the file cannot be read, does not contain an object, describes more layers than
+            can be built, or has sizes that no model of its architecture has.
     """
     config = read_json(path)
     if not isinstance(config, dict):
@@ -40,6 +42,9 @@ def read_config(path: Path) -> dict[str, Any]:
     for key, layers in _layer_counts(config):
         if layers >= MAX_LAYERS:
             raise UserError(f"{key} is not below {MAX_LAYERS:,}: {layers}", where=str(path))
+    for group in (config, config.get("text_config")):
+        if isinstance(group, dict) and str(group.get("model_type")) in ARCHITECTURES:
+            _check_sizes(group, str(path))
     return check_type(config, _Config, str(path))
 
 
@@ -67,7 +72,6 @@ def shape_of(config: dict[str, Any], where: str) -> ModelShape:
         hint = f"did you mean {close[0]}? " if close else ""
         fix = f"{hint}it knows {', '.join(ARCHITECTURES)}; dtrain run needs no plan"
         raise UserError(f"the plan does not know model_type {kind!r}", where=where, fix=fix)
-    _require_sizes(config, where)
     try:
         shape = ARCHITECTURES[kind](kind, DEFAULTS.get(kind, {}) | _without_nulls(config))
         return replace(shape, kernels=KERNELS[kind])
@@ -108,24 +112,37 @@ SIZES = (
 )
 MAX_SIZE = 2**40  # a larger value is not a size of a model
 MAX_LAYERS = 2_000  # each is built by itself, even without weights
+MAX_EXPERTS = 2**16
+# transformers 5 saves some configs under another name than their own.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+ACTIVE_EXPERTS = "num_experts_per_tok"
+LIMITS = {"num_hidden_layers": MAX_LAYERS} | dict.fromkeys(EXPERT_COUNTS, MAX_EXPERTS)
 LAYER_COUNT = re.compile(
     r"n_layer|num_layer|layers|(n|num)_(\w+_)?layers|\w+_num_layers|(\w+_)?(en|de)coder_layers"
 )
 
 
-def _require_sizes(config: dict[str, Any], where: str) -> None:
-    """Check that every size is a number above 0."""
-    for key in SIZES:
-        value = config.get(key)
-        limit = MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
-        try:
-            is_size = value is None or 0 < int(value) < limit
-        except (TypeError, ValueError, OverflowError):
-            is_size = False
-        if not is_size:
-            large = f" below {limit:,}" if str(value).isdecimal() and value else ""
-            message = f"{key} is not a number above 0{large}: {str(value)[:40]}"
+def _check_sizes(config: dict[str, Any], where: str) -> None:
+    """Check that sizes are whole numbers above 0, and that a token uses no more experts than exist.
+
+    Of other architectures the model itself is asked, once it is built.
+    """
+    defaults = DEFAULTS.get(config["model_type"], {})
+    has_experts = ACTIVE_EXPERTS in defaults
+    expert_keys = (*EXPERT_COUNTS, ACTIVE_EXPERTS, "moe_intermediate_size") if has_experts else ()
+    for key in (*SIZES, *expert_keys):
+        value, limit = config.get(key), LIMITS.get(key, MAX_SIZE)
+        if value is None and (key in SIZES or key not in config):
+            continue  # transformers' default
+        if type(value) is not int or not 0 < value < limit:
+            large = f" below {limit:,}" if type(value) is int and value > 0 else ""
+            message = f"{key} is not a whole number above 0{large}: {json.dumps(value)[:40]}"
             raise UserError(message, where=where)
+    sizes = defaults | config
+    experts = next((sizes[key] for key in EXPERT_COUNTS if key in sizes), None)
+    if has_experts and experts is not None and sizes[ACTIVE_EXPERTS] > experts:
+        message = f"{ACTIVE_EXPERTS} is {sizes[ACTIVE_EXPERTS]}, of {experts} experts"
+        raise UserError(message, where=where)
 
 
 def _without_nulls(config: dict[str, Any]) -> dict[str, Any]:
@@ -258,7 +275,7 @@ def _with_experts(
         more_rows: rows of a gate of the shared experts.
         dense: whether the layer of a number keeps its MLP.
     """
-    h, active = shape.hidden, int(config["num_experts_per_tok"])
+    h, active = shape.hidden, int(config[ACTIVE_EXPERTS])
     routed = (
         LinearShape("mlp.experts.gate_up_proj", h, 2 * width, bias, number, active),
         LinearShape("mlp.experts.down_proj", width, h, bias, number, active),
@@ -281,10 +298,9 @@ def _with_experts(
 
 
 def _experts(config: dict[str, Any]) -> int:
-    """The number of routed experts: transformers 5 saves some configs under another name."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    found = [name for name in names if name in config]
-    return int(config[found[0] if found else names[0]])
+    """The number of routed experts."""
+    found = [name for name in EXPERT_COUNTS if name in config]
+    return int(config[found[0] if found else EXPERT_COUNTS[0]])
 
 
 def _dense_layers(config: dict[str, Any]) -> Callable[[int], bool]:
@@ -359,32 +375,4 @@ ARCHITECTURES: dict[str, Callable[[str, dict[str, Any]], ModelShape]] = {
     "mixtral": _mixtral,
     "gpt_oss": _gpt_oss,
     "glm4_moe": _glm4_moe,
-}
-
-
-ADAPTED_LAYERS, NORMS, MLPS, LOSS = "adapted layers", "norms", "MLPs", "chunked loss"
-"""Kernels of dtrain/models/kernels that change what is kept for the backward pass.
-
-Adapted layers share one input and recompute it where a norm or an MLP made it; norms keep their
-input in its dtype; MLPs keep their two inputs; the loss computes its logits chunk by chunk.
-"""
-
-KERNELS_OF_MEMORY = frozenset({ADAPTED_LAYERS, NORMS, MLPS, LOSS})
-# The kernels that each architecture gets; a test compares them with what is really patched.
-KERNELS: dict[str, frozenset[str]] = {
-    "llama": KERNELS_OF_MEMORY,
-    "mistral": KERNELS_OF_MEMORY,
-    "qwen2": KERNELS_OF_MEMORY,
-    "qwen3": KERNELS_OF_MEMORY,
-    "gemma": frozenset({ADAPTED_LAYERS, LOSS}),
-    "gemma2": frozenset({ADAPTED_LAYERS, LOSS}),
-    "gemma3_text": frozenset({ADAPTED_LAYERS, LOSS}),
-    "phi3": frozenset({ADAPTED_LAYERS, NORMS, LOSS}),
-    "smollm3": KERNELS_OF_MEMORY,
-    "granite": KERNELS_OF_MEMORY,
-    "qwen3_moe": frozenset({ADAPTED_LAYERS, NORMS, LOSS}),
-    "qwen2_moe": KERNELS_OF_MEMORY,
-    "mixtral": frozenset({ADAPTED_LAYERS, NORMS, LOSS}),
-    "gpt_oss": frozenset({ADAPTED_LAYERS, LOSS}),
-    "glm4_moe": KERNELS_OF_MEMORY,
 }

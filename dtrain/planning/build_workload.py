@@ -10,7 +10,7 @@ from dtrain.config.objectives import OBJECTIVES, Forwards
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import user_path
 from dtrain.core.errors import UserError
-from dtrain.planning.architectures import ADAPTED_LAYERS, LOSS
+from dtrain.planning.kernel_table import ADAPTED_LAYERS, LOSS
 from dtrain.planning.known_models import find_shape
 from dtrain.planning.shapes import ModelShape, layer_names
 from dtrain.planning.workload import Cluster, Workload, adapted_linears

@@ -37,7 +37,7 @@ from dtrain.models.meta_model import (
     unused_towers,
 )
 from dtrain.models.quantize import packable_layers
-from dtrain.planning.architectures import KERNELS_OF_MEMORY
+from dtrain.planning.kernel_table import KERNELS_OF_MEMORY
 from dtrain.planning.shapes import LinearShape, ModelShape, join_layers
 
 

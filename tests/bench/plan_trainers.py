@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dtrain.planning.activations import DTRAIN, TrainerProfile
-from dtrain.planning.architectures import MLPS, NORMS
 from dtrain.planning.engine_models import build_engine_model
+from dtrain.planning.kernel_table import MLPS, NORMS
 from dtrain.planning.workload import Workload
 
 

@@ -434,6 +434,25 @@ def test_a_missing_expert_is_named_before_anything_is_read(
             read(folder)
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("hunyuan_v1_moe", "moe_topk"),
+        ("ernie4_5_moe", "moe_k"),
+        ("llama4_text", "num_experts_per_tok"),
+    ],
+)
+def test_more_experts_a_token_than_there_are_is_refused(
+    write: Callable, kind: str, key: str
+) -> None:
+    folder = write(kind)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {key: 2 * EXPERTS}))
+    with pytest.raises(UserError, match=f"uses {2 * EXPERTS} of {EXPERTS} experts") as error:
+        read_config(folder, trust_remote_code=False)
+    assert error.value.where == str(folder / "config.json")
+
+
 def test_experts_that_do_not_stack_are_refused(write: Callable) -> None:
     folder = write("qwen3_moe")
     tensors = load_file(folder / "model.safetensors")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from dtrain.config.methods import parse_method
 from dtrain.core.units import duration, size
-from dtrain.planning.architectures import KERNELS
 from dtrain.planning.choose import PlanOption, build_option, choose
 from dtrain.planning.fit import FITS
 from dtrain.planning.gpus import find_gpu
+from dtrain.planning.kernel_table import KERNELS
 from dtrain.planning.known_models import find_shape
 from dtrain.planning.workload import Cluster, Workload
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.config.methods import Full, Lora
+from dtrain.core.errors import UserError
 from dtrain.methods.base import build_method
 from dtrain.planning.activations import layer_bytes
-from dtrain.planning.architectures import ARCHITECTURES, shape_of
+from dtrain.planning.architectures import ARCHITECTURES, read_config, shape_of
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.known_models import KNOWN, find_config
 from dtrain.planning.parameters import layer_parameters
@@ -137,3 +141,48 @@ def test_full_fine_tuning_trains_attention_sinks() -> None:
     assert any(name.endswith("sinks") for name in names)
     trained = sum(p.numel() for name, p in names.items() if ".router." not in name)
     assert job.trainable == trained
+
+
+QWEN, RENAMED = CONFIGS["some layers without experts"], {"num_experts": "num_local_experts"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7, of 6 experts"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok is not a whole number above 0: 0"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is not a whole number above 0: null"),
+        ({"num_experts_per_tok": "2"}, 'num_experts_per_tok is not a whole number above 0: "2"'),
+        ({"num_experts": -4}, "num_experts is not a whole number above 0: -4"),
+        ({"num_experts": True}, "num_experts is not a whole number above 0: true"),
+        ({"num_experts": 4.0}, "num_experts is not a whole number above 0: 4.0"),
+        ({"num_experts": 10**12}, "num_experts is not a whole number above 0 below 65,536: 10000"),
+        ({"moe_intermediate_size": "16"}, "moe_intermediate_size is not a whole number"),
+        ({"hidden_size": "32x"}, "hidden_size is not a whole number"),
+    ],
+)
+def test_a_wrong_size_of_experts_is_named(
+    wrong: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    # a decoder alone, one in a multimodal model, and one whose number of experts has another name
+    other = {RENAMED.get(key, key): value for key, value in (QWEN | wrong).items()}
+    renamed = message.replace("num_experts is", "num_local_experts is")
+    for config, says in (
+        (QWEN | wrong, message),
+        ({"model_type": "wrapper", "text_config": QWEN | wrong}, message),
+        (other, renamed),
+    ):
+        path.write_text(json.dumps(config))
+        with pytest.raises(UserError, match=re.escape(says)) as error:
+            read_config(path)  # what check, plan and run begin with
+        assert error.value.where == str(path)
+
+
+def test_right_sizes_of_experts_are_read(tmp_path: Path) -> None:
+    for name, config in CONFIGS.items():
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert read_config(tmp_path / "config.json") == config, name
+        saved = AutoConfig.for_model(**config).to_dict()
+        (tmp_path / "config.json").write_text(json.dumps(saved, default=str))
+        read_config(tmp_path / "config.json")

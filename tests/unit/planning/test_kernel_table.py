@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtrain.models.kernels.patch import patch_modules
 from dtrain.planning.activations import chunk_rows
-from dtrain.planning.architectures import ADAPTED_LAYERS, ARCHITECTURES, KERNELS, LOSS, MLPS, NORMS
+from dtrain.planning.architectures import ARCHITECTURES
+from dtrain.planning.kernel_table import ADAPTED_LAYERS, KERNELS, LOSS, MLPS, NORMS
 
 SIZES = {
     "hidden_size": 64,

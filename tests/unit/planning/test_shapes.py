@@ -176,9 +176,12 @@ LLAMA = {"model_type": "llama"} | SMALL
             "does not know model_type",
         ),
         ('{"model_type": "llama"}', "hidden_size is missing"),
-        (json.dumps({"model_type": "llama"} | SMALL | {"vocab_size": "many"}), "not a number"),
-        (json.dumps(LLAMA | {"vocab_size": 0}), "vocab_size is not a number above 0: 0"),
-        (json.dumps(LLAMA | {"num_hidden_layers": 0}), "num_hidden_layers is not a number"),
+        (
+            json.dumps({"model_type": "llama"} | SMALL | {"vocab_size": "many"}),
+            "not a whole number",
+        ),
+        (json.dumps(LLAMA | {"vocab_size": 0}), "vocab_size is not a whole number above 0: 0"),
+        (json.dumps(LLAMA | {"num_hidden_layers": 0}), "num_hidden_layers is not a whole number"),
         (json.dumps(LLAMA | {"hidden_size": 7}).replace("7", "1e400"), "hidden_size is not a"),
     ],
 )
