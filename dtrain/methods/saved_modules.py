@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from dtrain.config.methods import MethodSettings
 from dtrain.core.errors import UserError, nearest_name
-from dtrain.models.expert_layers import router_layers, routers
+from dtrain.models.expert_layers import is_experts, router_layers, routers
 
 WHERE, ROUTER = "method.modules_to_save", "method.router"
 
@@ -46,7 +46,7 @@ def check_modules_to_save(
             raise _unknown(name, modules)
         saved |= matching
     for name, module in saved.items():
-        if any(True for _ in module.children()) or not any(True for _ in module.parameters()):
+        if not _is_layer(module):
             fix = "name modules with weights of their own: embed_tokens, lm_head, norm, ..."
             raise UserError(f"{name} is no single layer with weights", where=WHERE, fix=fix)
         if isinstance(module, Linear4bit):
@@ -56,6 +56,12 @@ def check_modules_to_save(
         _check_dtype(name, module)
     _check_tied(model, saved)
     return set(saved)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module has weights of its own, and neither modules nor experts in it."""
+    is_leaf = not any(True for _ in module.children()) and not is_experts(module)
+    return is_leaf and any(True for _ in module.parameters())
 
 
 def _is_unused(name: str, module: nn.Module, unused: set[str]) -> bool:
@@ -89,7 +95,7 @@ def trained_routers(model: nn.Module, method: MethodSettings, unused: set[str]) 
 
 
 def _unknown(name: str, modules: dict[str, nn.Module]) -> UserError:
-    layers = {n for n, m in modules.items() if m._parameters}
+    layers = {n for n, m in modules.items() if _is_layer(m)}
     ends = sorted({layer.rpartition(".")[2] for layer in layers})
     fix = nearest_name(name, ends, f"choose from: {', '.join(ends)}")
     return UserError(f"no module is named {name!r}", where=WHERE, fix=fix)

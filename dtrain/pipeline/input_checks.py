@@ -53,8 +53,10 @@ def check_inputs(recipe: Recipe) -> CheckReport:
     check_prompts(recipe, report)
     with report.collect():
         check_metrics(recipe)
-    _check_templates(recipe, base.folder if base else None, report)
-    _check_modules(recipe, base, report)
+    is_broken = any(error.where.startswith("model.base") for error in report.errors)
+    _check_templates(recipe, base.folder if base else None, report, notes=not is_broken)
+    if not is_broken:
+        _check_modules(recipe, base, report)
     if recipe.model.tokens is not None and base is not None:
         with report.collect():
             check_new(recipe.model.tokens.words, known_tokens(base.folder))
@@ -100,7 +102,9 @@ def _absent(key: str, address: str, revision: str | None) -> str:
     return f"{key}: {unread}: {address} is not on this machine; `{command}` downloads it"
 
 
-def _check_templates(recipe: Recipe, base: Path | None, report: CheckReport) -> None:
+def _check_templates(
+    recipe: Recipe, base: Path | None, report: CheckReport, *, notes: bool
+) -> None:
     for key, kind, data in data_groups(recipe):
         if not reads_template(kind, data):
             continue
@@ -110,9 +114,9 @@ def _check_templates(recipe: Recipe, base: Path | None, report: CheckReport) -> 
         if len(report.errors) > errors:
             continue
         closes = closes_turns(data.template, base)
-        if closes is None:
+        if closes is None and notes:
             report.note(f"{where}: not checked here; `dtrain data scan` checks it")
-        elif not closes and key.startswith("stages."):
+        elif closes is False and key.startswith("stages."):
             report.note(
                 f"warning: {where}: the end of a turn has no loss: the model will not learn to stop"
             )
@@ -120,14 +124,15 @@ def _check_templates(recipe: Recipe, base: Path | None, report: CheckReport) -> 
 
 def _check_modules(recipe: Recipe, base: LocalModel | None, report: CheckReport) -> None:
     shape = _shape(recipe, base)
-    if shape is not None and not shape.experts:
+    if shape is not None:
         check_methods(recipe, shape, report)
     elif base is not None:
         check_names(recipe, base.shapes, report)
     else:
         report.note(
-            "names of layers (target_modules, modules_to_save, patterns): not checked, as neither "
-            "the base's files nor its sizes are known here"
+            "names of layers (target_modules, modules_to_save, patterns): not checked, as the base "
+            "is not on this machine and its layers are not known without its files; the run checks "
+            "them before the first stage trains"
         )
 
 

@@ -262,6 +262,7 @@ def _with_experts(
     shared: int = 0,
     shared_name: str = "shared_experts",
     bias: bool = False,
+    router: tuple[str, ...] = ("mlp.gate.weight",),
     more_rows: int = 0,
     dense: Callable[[int], bool] = lambda _: False,
 ) -> ModelShape:
@@ -272,6 +273,7 @@ def _with_experts(
         width: f of an expert.
         shared: f of the experts that all tokens get.
         bias: router and experts have one.
+        router: names of its parameters.
         more_rows: rows of a gate of the shared experts.
         dense: whether the layer of a number keeps its MLP.
     """
@@ -292,6 +294,7 @@ def _with_experts(
         mlp=active * width + shared,
         linears=(*others, *routed, *(of_all if shared else ()), *gate),
         router=(number, h + bias),
+        router_names=router,
     )
     layers = (shape if dense(n) else routed_layer for n in range(shape.layers))
     return join_layers([replace(layer, layers=1) for layer in layers])
@@ -341,9 +344,11 @@ def _gpt_oss(kind: str, config: dict[str, Any]) -> ModelShape:
     biased = config.get("attention_bias", True)
     shape = _decoder(kind, config, qkv_bias=biased, o_bias=biased)
     number, width = _experts(config), int(config["intermediate_size"])
-    shape = _with_experts(shape, config, number, width=width, bias=True)
+    router = ("mlp.router.weight", "mlp.router.bias")
+    shape = _with_experts(shape, config, number, width=width, bias=True, router=router)
     # Sinks. The MLP saves both halves, the clamped gate, its sigmoid, their product, and up + 1.
-    return replace(shape, others=((shape.heads, 1),), mlp_saved=6)
+    sinks = {"others": ((shape.heads, 1),), "other_names": ("self_attn.sinks",)}
+    return replace(shape, **sinks, mlp_saved=6)
 
 
 def _glm4_moe(kind: str, config: dict[str, Any]) -> ModelShape:

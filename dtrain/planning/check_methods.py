@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from dtrain.config.methods import AdapterSettings, Full, Lora
@@ -10,7 +11,13 @@ from dtrain.config.schema import Recipe, Stage
 from dtrain.core.check_report import CheckReport
 from dtrain.core.errors import UserError
 from dtrain.core.weight_files import PEFT_PREFIX
-from dtrain.planning.shapes import LinearShape, ModelShape, layer_names, select_linears
+from dtrain.planning.shapes import (
+    LinearShape,
+    ModelShape,
+    layer_names,
+    matching_linears,
+    select_linears,
+)
 from dtrain.planning.whole_modules import HEAD_NORMS, NORMS_OF_A_LAYER, select_modules
 
 RATE_SCALES = "train.learning_rate_scales"
@@ -21,10 +28,15 @@ def check_methods(recipe: Recipe, shape: ModelShape, report: CheckReport) -> Non
     """Check that every name and pattern in the stages' settings means a module of the base.
 
     Stages after the first start from the merged model, whose modules have the same names.
+
+    Args:
+        shape: from a config.json: its parameters have the names of the known architectures.
     """
     for stage in recipe.stages:
         with report.collect(f"stages.{stage.name}", "."):
             _check_method(stage, shape, has_new_tokens=recipe.model.tokens is not None)
+            if stage.method.adapter is not None:
+                _note_experts(stage.name, stage.method.adapter, shape, report)
 
 
 def check_names(recipe: Recipe, tensors: Shapes, report: CheckReport) -> None:
@@ -53,26 +65,43 @@ def _names(stage: Stage) -> Iterator[tuple[str, str]]:
 
 def _check_method(stage: Stage, shape: ModelShape, *, has_new_tokens: bool) -> None:
     method, scales = stage.method, stage.train.learning_rate_scales
-    if method.trains_router and not shape.router[0]:
+    if method.trains_router and not shape.routers:
         fix = "remove it, or choose the base of a mixture of experts"
         raise UserError("this model has no routers", where="method.router", fix=fix)
     if isinstance(method, Full):
         check_parameter_patterns(scales, _check_full(method, shape), RATE_SCALES)
     elif method.adapter is not None:
-        layers = _check_adapter(method.adapter, shape)
+        linears = check_adapter(method.adapter, shape)
         if isinstance(method, Lora):  # of other adapters the run knows the names
-            names = [*_lora_parameters(method, layers), *_copies(method, shape)]
+            names = [*_lora_parameters(method, shape, linears), *_copies(method, shape)]
             names += [*_token_rows(method, shape)] if has_new_tokens else []
             check_parameter_patterns(scales, names, RATE_SCALES)
 
 
-def _check_adapter(adapter: AdapterSettings, shape: ModelShape) -> list[str]:
-    """Check an adapter's keys; return the names of the layers that get one."""
-    linears = select_linears(shape, adapter.target_modules)
+def _note_experts(
+    stage: str, adapter: AdapterSettings, shape: ModelShape, report: CheckReport
+) -> None:
+    """Note experts that are named, or among all layers, and get no adapter of this kind."""
+    named = matching_linears(shape, adapter.target_modules, experts=True)
+    expected = getattr(adapter, "experts", True) and not adapter.adapts_experts
+    if expected and any(linear.experts > 1 for linear in named):
+        report.note(
+            f"warning: stages.{stage}.method: {adapter.kind} has no adapters for experts, which "
+            "stay as they are; kind=lora, rslora or qlora adapts them"
+        )
+
+
+def check_adapter(adapter: AdapterSettings, shape: ModelShape) -> tuple[LinearShape, ...]:
+    """Check an adapter's keys against a model; return the linear layers that get one.
+
+    Raises:
+        UserError: a name or a pattern matches no module, or one that cannot train so.
+    """
+    linears = select_linears(shape, adapter.target_modules, experts=adapter.adapts_experts)
     layers = [name for linear in linears for name in layer_names(shape, linear)]
     adapter.check_layers(layers)
     ends = adapter.whole_modules
-    select_modules(shape, ends)
+    select_modules(shape, ends, trains_router=adapter.trains_router)
     if shape.tied and len(_ending(("model.embed_tokens", "lm_head"), ends)) == 1:
         raise UserError(
             "model.embed_tokens and lm_head are one matrix (tied embeddings)",
@@ -86,20 +115,30 @@ def _check_adapter(adapter: AdapterSettings, shape: ModelShape) -> list[str]:
             where="method.target_modules and method.modules_to_save",
             fix="name it in one of them",
         )
-    return layers
+    return linears
 
 
-def _lora_parameters(method: Lora, layers: Iterable[str]) -> Iterator[str]:
+def _lora_parameters(
+    method: Lora, shape: ModelShape, linears: Iterable[LinearShape]
+) -> Iterator[str]:
     leaves = ["lora_A", "lora_B", *(["lora_magnitude_vector"] if method.has_magnitude else [])]
-    for layer in layers:
-        yield from (f"{PEFT_PREFIX}{layer}.{leaf}.default.weight" for leaf in leaves)
+    wrapped = Counter[str]()
+    for linear in linears:
+        for layer in layer_names(shape, linear):
+            name = layer
+            if linear.experts > 1:  # PEFT wraps their module once for each parameter
+                module = layer.rpartition(".")[0]
+                name = module + ".base_layer" * wrapped[module]
+                wrapped[module] += 1
+            yield from (f"{PEFT_PREFIX}{name}.{leaf}.default.weight" for leaf in leaves)
 
 
 def _copies(method: Lora, shape: ModelShape) -> Iterator[str]:
     """The names of the parameters of modules that train whole."""
+    routers = _router_parameters(shape) if method.trains_router else set()
     for parameter in _parameters(shape):
         module, _, leaf = parameter.rpartition(".")
-        if _ending([module], method.whole_modules):
+        if parameter in routers or _ending([module], method.whole_modules):
             yield f"{PEFT_PREFIX}{module}.modules_to_save.default.{leaf}"
 
 
@@ -128,25 +167,36 @@ def _check_full(method: Full, shape: ModelShape) -> list[str]:
     if not trained:
         message, fix = "every parameter is frozen", "name fewer of them"
         raise UserError(message, where="method.frozen_modules", fix=fix)
+    routers = _router_parameters(shape)
+    if not method.trains_router:
+        return [name for name in trained if name not in routers]
+    if frozen := sorted(filter(method.freezes, routers)):
+        raise UserError(
+            f"{frozen[0]} belongs to a router, which would train and stay frozen",
+            where="method.frozen_modules and method.router",
+            fix="remove it from frozen_modules, or router=frozen",
+        )
     return trained
 
 
 def _parameters(shape: ModelShape) -> Iterator[str]:
-    """The names of the model's parameters, in its own order."""
-    outer = iter(shape.outer_elements)
-    yield next(outer)
-    norms = [*NORMS_OF_A_LAYER[: shape.norms]]
-    if shape.norm_elements > shape.norms * shape.hidden:
-        norms += HEAD_NORMS
-    for number in range(shape.layers):
-        for linear in shape.linears:
-            yield from (f"model.layers.{number}.{linear.name}.{leaf}" for leaf in _leaves(linear))
-        yield from (f"model.layers.{number}.{norm}.weight" for norm in norms)
-    yield from outer
+    """The names of the model's parameters."""
+    yield from shape.outer_elements
+    for number, block in enumerate(shape.each_layer):
+        norms = [*NORMS_OF_A_LAYER[: block.norms]]
+        if block.norm_elements > block.norms * block.hidden:
+            norms += HEAD_NORMS
+        names = [name for linear in block.linears for name in linear.parameter_names]
+        names += [*(f"{norm}.weight" for norm in norms), *block.router_names, *block.other_names]
+        yield from (f"{shape.prefix}.{number}.{name}" for name in names)
 
 
-def _leaves(linear: LinearShape) -> tuple[str, ...]:
-    return ("weight", "bias") if linear.bias else ("weight",)
+def _router_parameters(shape: ModelShape) -> set[str]:
+    return {
+        f"{shape.prefix}.{number}.{name}"
+        for number, block in enumerate(shape.each_layer)
+        for name in block.router_names
+    }
 
 
 def _ending(names: Iterable[str], ends: Iterable[str]) -> list[str]:

@@ -53,6 +53,12 @@ class LinearShape:
         return self.outputs * self.experts if self.bias else 0
 
     @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the weight and of the bias, inside the decoder layer."""
+        leaves = ("", "_bias") if self.experts > 1 else (".weight", ".bias")
+        return tuple(f"{self.name}{leaf}" for leaf in leaves[: 1 + self.bias])
+
+    @property
     def size(self) -> tuple[int, int]:
         """Rows and columns of the parameter, as engines divide it: experts are rows."""
         if self.experts == 1:
@@ -73,8 +79,10 @@ class ModelShape:
         tied: the output matrix is the embedding matrix.
         soft_cap: attention scores are capped, which needs the attention that stores all scores.
         router: rows and columns of the router's weight; its bias, if it has one, is a column.
+        router_names: names of its parameters, inside the decoder layer.
         others: rows and columns of the other parameters of one decoder layer, such as attention
             sinks.
+        other_names: their names, inside the decoder layer.
         kernels: dtrain's layers that this model gets.
         mlp_saved: elements that an MLP saves for each of its width: gate, up, activation; more
             where the activation takes several steps.
@@ -103,7 +111,9 @@ class ModelShape:
     norms: int
     soft_cap: bool = False
     router: tuple[int, int] = (0, 0)
+    router_names: tuple[str, ...] = ()
     others: tuple[tuple[int, int], ...] = ()
+    other_names: tuple[str, ...] = ()
     kernels: frozenset[str] = frozenset()
     mlp_saved: int = 3
     saved: int = 0
@@ -127,6 +137,12 @@ class ModelShape:
     def experts(self) -> tuple[LinearShape, ...]:
         """Those of `linears` that are experts'."""
         return tuple(x for x in self.linears if x.experts > 1)
+
+    @cached_property
+    def routers(self) -> frozenset[str]:
+        """Names of the modules that choose experts, inside a decoder layer."""
+        names = (name for kind in self.kinds for name in kind.router_names)
+        return frozenset(name.rpartition(".")[0] for name in names)
 
     @property
     def q(self) -> int:
@@ -248,17 +264,32 @@ def select_linears(
         experts: whether those of experts can get one.
 
     Raises:
-        UserError: no linear layer has one of the names.
+        UserError: no linear layer has one of the names, or a router or only experts that get none.
     """
     known = _adaptable(shape, experts=experts)
     for target in () if isinstance(target_modules, str) else target_modules:
-        if not any(_matches(linear.name, target) for linear in known):
-            names = sorted({linear.name.rpartition(".")[2] for linear in known})
-            fix = f"choose from: {', '.join(names)}"
+        if router := next((x for x in sorted(shape.routers) if _matches(x, target)), None):
             raise UserError(
-                f"no linear layer is named {target!r}", where="method.target_modules", fix=fix
+                f"{router} is a router, which gets no adapter",
+                where="method.target_modules",
+                fix="leave it out; method.router=train trains it whole",
             )
+        if not any(_matches(linear.name, target) for linear in known):
+            raise _unknown_target(shape, target, known)
     return matching_linears(shape, target_modules, experts=experts)
+
+
+def _unknown_target(shape: ModelShape, target: str, known: Sequence[LinearShape]) -> UserError:
+    where = "method.target_modules"
+    if any(_matches(linear.name, target) for linear in shape.experts):
+        return UserError(
+            f"{target!r} names weights of experts, which get no adapter here",
+            where=where,
+            fix="leave it out; or method.kind=lora, rslora or qlora, with experts=true",
+        )
+    names = sorted({linear.name.rpartition(".")[2] for linear in known})
+    fix = f"choose from: {', '.join(names)}"
+    return UserError(f"no linear layer is named {target!r}", where=where, fix=fix)
 
 
 def matching_linears(

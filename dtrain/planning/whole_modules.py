@@ -34,14 +34,26 @@ class WholeModule:
     parameters: Parameters
 
 
-def select_modules(shape: ModelShape, ends: Sequence[str]) -> tuple[WholeModule, ...]:
+def select_modules(
+    shape: ModelShape, ends: Sequence[str], *, trains_router: bool = False
+) -> tuple[WholeModule, ...]:
     """The modules whose names end with one of `ends`, as in PEFT's modules_to_save.
 
+    Args:
+        trains_router: `ends` may name routers too, which are not among the result.
+
     Raises:
-        UserError: no module is named so.
+        UserError: no module is named so, or a router is that does not train.
     """
     if not ends:
         return ()
+    routers = {x for x in shape.routers if x.endswith(tuple(ends))}
+    if routers and not trains_router:
+        raise UserError(
+            f"{min(routers)} is a router, which trains with its load-balancing loss",
+            where="method.modules_to_save",
+            fix="name it no longer: method.router=train",
+        )
     found = dict[tuple[str, Parameters], list[int]]()
     names = list[str]()
     for name, parameters in _outer_modules(shape).items():
@@ -50,12 +62,14 @@ def select_modules(shape: ModelShape, ends: Sequence[str]) -> tuple[WholeModule,
             found[name, parameters] = []
     for number, block in enumerate(shape.each_layer):
         for name, parameters in block.modules or _llama_modules(block):
+            if name in routers:
+                continue
             names.append(f"{shape.prefix}.{number}.{name}")
             if names[-1].endswith(tuple(ends)):
                 found.setdefault((name, parameters), []).append(number)
     known = [*names, "lm_head"] if shape.tied else names
     for end in ends:
-        if not any(name.endswith(end) for name in known):
+        if not any(name.endswith(end) for name in (*known, *routers)):
             choices = sorted({name.rpartition(".")[2] for name in names})
             raise UserError(
                 f"no module is named {end!r}",
@@ -74,8 +88,13 @@ def _outer_modules(shape: ModelShape) -> dict[str, Parameters]:
 
 
 def _llama_modules(block: ModelShape) -> Iterator[tuple[str, Parameters]]:
-    """The linear layers and norms of a decoder layer with Llama's names."""
+    """The linear layers and norms of a decoder layer with Llama's names.
+
+    Experts are none: their layers are parameters of one module, which does not train whole.
+    """
     for x in block.linears:
+        if x.experts > 1:
+            continue
         bias = ((x.outputs, 1),) if x.bias else ()
         yield x.name, ((x.outputs, x.inputs), *bias)
     norms = dict.fromkeys(NORMS_OF_A_LAYER[: block.norms], block.hidden)

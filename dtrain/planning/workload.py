@@ -183,7 +183,7 @@ class Workload:
         adapter, shape = self.method.adapter, self.shape
         if adapter is None:
             return ()
-        modules = select_modules(shape, adapter.whole_modules)
+        modules = select_modules(shape, adapter.whole_modules, trains_router=adapter.trains_router)
         if not (adapter.trains_router and shape.experts):
             return modules
         mixtures = (n for n, block in enumerate(shape.each_layer) if block.router[0])

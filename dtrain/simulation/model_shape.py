@@ -136,9 +136,9 @@ class _Description:
         h, start = self._hidden, f"{name}."
         own = {n.removeprefix(start): s for n, s in self._parameters.items() if n.startswith(start)}
         linears = tuple(self._linears_of(start))
-        known = {f"{x.name}{leaf}" for x in linears for leaf in _leaves(x)}
-        routers = {n for n in own if f"{start}{n}".rpartition(".")[0] in self._routers}
-        rest = {n: s for n, s in own.items() if n not in known | routers}
+        known = {name for x in linears for name in x.parameter_names}
+        routers = [n for n in own if f"{start}{n}".rpartition(".")[0] in self._routers]
+        rest = {n: s for n, s in own.items() if n not in {*known, *routers}}
         norms = [n for n in rest if f"{start}{n}" in self._norms]
         mixers = {n: m for n, m in layer.named_modules() if _mixes_tokens(m)}
         mixing = tuple(f"{n}." for n in mixers)
@@ -160,7 +160,9 @@ class _Description:
             norms=len(norms),
             soft_cap=getattr(self._config, "attn_logit_softcapping", None) is not None,
             router=_joined([own[n] for n in routers]),
+            router_names=tuple(routers),
             others=tuple(_size(s) for n, s in rest.items() if n not in norms),
+            other_names=tuple(n for n in rest if n not in norms),
             saved=sum(map(self._saved, linears)) + sum(map(_convolved, mixers.values())),
             modules=tuple(
                 (n.removeprefix(start), tuple(sizes.values()))
@@ -217,11 +219,6 @@ def _features(layer: Any) -> tuple[int, int]:
     """Inputs and outputs of a linear layer; GPT-2's have a transposed weight."""
     rows, columns = layer.weight.shape
     return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
-
-
-def _leaves(linear: LinearShape) -> tuple[str, ...]:
-    """What follows a layer's name in those of its parameters."""
-    return ("", "_bias") if linear.experts > 1 else (".weight", ".bias")
 
 
 def _joined(shapes: list[Any]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,8 +222,70 @@ def test_a_right_chain_passes(inspect: Callable[..., CheckReport]) -> None:
 
 def test_all_faults_are_reported_at_once(inspect: Callable[..., CheckReport]) -> None:
     report = inspect(*source("no.jsonl"), *adapter(target_modules=["q"]), "model.base=nowhere/x/y")
-    assert len(report.errors) == 2  # without the base's files, the names of its layers are unknown
-    assert any("names of layers" in note for note in report.notes)
+    assert len(report.errors) == 2  # without a base, the names of its layers are unknown
+    assert not any("names of layers" in note or "template" in note for note in report.notes)
+
+
+def test_names_that_cannot_be_checked_without_the_base_are_noted(
+    inspect: Callable[..., CheckReport],
+) -> None:
+    report = inspect("model.base=nowhere/x", *adapter(target_modules=["q"]))
+    assert not report.errors and any("names of layers" in note for note in report.notes)
+
+
+MIXTURE = "model.base=Qwen/Qwen3-30B-A3B"
+FAULTS_OF_EXPERTS: dict[str, tuple[list[str], str]] = {
+    "name": (adapter(target_modules=["q_projj"]), "no linear layer is named 'q_projj'"),
+    "router": (adapter(target_modules=["gate"]), "mlp.gate is a router, which gets no adapter"),
+    "router's path": (adapter(target_modules=["mlp.gate"]), "mlp.gate is a router, which gets no"),
+    "rank": (adapter(rank_pattern={"nope": 3}), "rank_pattern: no layer .* named 'nope'"),
+    "whole experts": (adapter(modules_to_save=["gate_up_proj"]), "no module is named 'gate_up_pr"),
+    "whole router": (adapter(modules_to_save=["gate"]), "mlp.gate is a router, which trains with"),
+    "no experts": (adapter(experts=False, target_modules=["down_proj"]), "names weights of expe"),
+    "ia3": (task(method={"kind": "ia3"}), "'down_proj' names weights of experts, which get no ad"),
+    "frozen": (full(frozen_modules=["exprts"]), "frozen_modules: 'exprts' has no effect"),
+    "frozen router": (full(frozen_modules=["gate"], router="train"), "would train and stay frozen"),
+    "rate": (
+        [*full(), *task(train__learning_rate_scales={"gate": 2.0})], "'gate' has no effect"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_EXPERTS)
+def test_faults_are_found_in_a_mixture_of_experts(
+    fault: str, inspect: Callable[..., CheckReport]
+) -> None:
+    overrides, message = FAULTS_OF_EXPERTS[fault]
+    (error,) = inspect(MIXTURE, *overrides).errors
+    assert re.search(rf"^stages\.task\..*{message}", str(error))
+
+
+def test_a_right_recipe_of_a_mixture_of_experts_passes(
+    inspect: Callable[..., CheckReport],
+) -> None:
+    targets = ["q_proj", "gate_up_proj", "experts.down_proj"]
+    rates = {"lora_B": 4.0, "gate": 0.1}
+    right = [
+        adapter(target_modules=targets, rank_pattern={"gate_up_proj": 4}, router="train"),
+        [*adapter(router="train"), *task(train__learning_rate_scales=rates)],
+        full(frozen_modules=["gate", "experts"]),
+        adapter(experts=False, modules_to_save=["norm"]),
+    ]
+    for overrides in right:
+        report = inspect(MIXTURE, *overrides)
+        assert not report.errors and not any("layers" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("kind", ["dora", "vera"])
+def test_experts_that_a_method_does_not_adapt_are_noted(
+    kind: str, inspect: Callable[..., CheckReport]
+) -> None:
+    note = f"warning: stages.task.method: {kind} has no adapters for experts"
+    chosen = task(method={"kind": kind})
+    assert any(text.startswith(note) for text in inspect(MIXTURE, *chosen).notes)
+    assert not inspect(*chosen).notes
+    chosen = task(method={"kind": kind, "target_modules": ["q_proj"]})
+    assert not any("experts" in text for text in inspect(MIXTURE, *chosen).notes)
 
 
 def test_names_are_checked_by_the_table_of_sizes(inspect: Callable[..., CheckReport]) -> None:

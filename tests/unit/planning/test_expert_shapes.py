@@ -17,12 +17,19 @@ from dtrain.core.errors import UserError
 from dtrain.methods.base import build_method
 from dtrain.planning.activations import layer_bytes
 from dtrain.planning.architectures import ARCHITECTURES, read_config, shape_of
+from dtrain.planning.check_methods import (
+    _copies,
+    _lora_parameters,
+    _parameters,
+    check_adapter,
+)
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.known_models import KNOWN, find_config
 from dtrain.planning.parameters import layer_parameters
 from dtrain.planning.speed import flops_per_token
 from dtrain.planning.workload import Workload
 
+META = torch.device("meta")
 SMALL = {
     "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99,
     "intermediate_size": 96, "num_hidden_layers": 3, "pad_token_id": 0, "num_experts_per_tok": 2,
@@ -81,6 +88,55 @@ def test_counts_are_those_of_transformers(name: str) -> None:
     idle = [p for n, p in parameters.items() if ".experts." in n]
     assert shape.parameters == total
     assert shape.active_parameters == total - sum(p[0].numel() * (len(p) - used) for p in idle)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_have_the_names_of_transformers(name: str) -> None:
+    config = CONFIGS[name] | {"num_hidden_layers": 3}
+    names = [name for name, _ in model_of(config).named_parameters()]
+    assert sorted(_parameters(shape_of(config, name))) == sorted(names)
+
+
+@pytest.mark.parametrize("name", ["openai/gpt-oss-20b", "experts for all tokens"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"router": "train", "modules_to_save": ["norm"]},
+        {"target_modules": ["down_proj", "q_proj"]},
+        {"kind": "dora", "target_modules": ["q_proj"]},
+        {"experts": False},
+    ],
+)
+def test_names_that_train_are_those_of_the_run(name: str, keys: dict[str, Any]) -> None:
+    """`learning_rate_scales` is compared with them."""
+    config = CONFIGS[name] | {"num_hidden_layers": 2}
+    method, shape = Lora(**{"kind": "lora", "r": 8} | keys), shape_of(config, name)
+    model = model_of(config).requires_grad_(False)
+    adapted = build_method(method).attach(model, seed=0, device=META)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    linears = check_adapter(method, shape)
+    names = [*_lora_parameters(method, shape, linears), *_copies(method, shape)]
+    assert sorted(names) == sorted(trained)
+
+
+@pytest.mark.parametrize("name", ["openai/gpt-oss-20b", "experts for all tokens"])
+@pytest.mark.parametrize(
+    "end", ["experts", "gate_up_proj", "gate", "router", "o_proj", "down_proj"]
+)
+def test_the_plan_lets_those_modules_train_whole_that_a_run_does(name: str, end: str) -> None:
+    config = CONFIGS[name] | {"num_hidden_layers": 2}
+    keys = {"modules_to_save": [end], "target_modules": ["q_proj"]}
+    method = Lora(kind="lora", r=8, **keys)
+    refused = []
+    for check in (
+        lambda: check_adapter(method, shape_of(config, name)),
+        lambda: build_method(method).attach(model_of(config), seed=0, device=META),
+    ):
+        try:
+            check()
+        except UserError as error:
+            refused.append(error.where)
+    assert refused in ([], ["method.modules_to_save"] * 2)
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-30B-A3B", "openai/gpt-oss-20b"])
