@@ -9,11 +9,13 @@ from dtrain.config.engines import DEFAULT_ENGINE, ENGINES, EngineCapabilities
 from dtrain.config.objectives import OBJECTIVES, Forwards
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.cache_paths import user_path
+from dtrain.core.check_report import CheckReport
 from dtrain.core.errors import UserError
+from dtrain.planning.check_methods import check_adapter
 from dtrain.planning.kernel_table import ADAPTED_LAYERS, LOSS
 from dtrain.planning.known_models import find_shape
-from dtrain.planning.shapes import ModelShape, layer_names
-from dtrain.planning.workload import Cluster, Workload, adapted_linears
+from dtrain.planning.shapes import ModelShape
+from dtrain.planning.workload import Cluster, Workload
 
 MAX_ELEMENTS = 2**63  # a larger value in a DeepSpeed file is not a number of elements
 DEEPSPEED_KEYS = {
@@ -37,9 +39,11 @@ def build_workload(
         UserError: a key of the method matches no layer, the shard does not divide the ranks, the
             DeepSpeed file cannot be read, or the teacher's shape is not known.
     """
-    if adapter := stage.method.adapter:
-        adapted = adapted_linears(shape, stage.method)
-        adapter.check_layers([name for linear in adapted for name in layer_names(shape, linear)])
+    report = CheckReport()
+    with report.collect(f"stages.{stage.name}", "."):
+        if adapter := stage.method.adapter:
+            check_adapter(adapter, shape)
+    report.raise_errors()
     kind = engine or (DEFAULT_ENGINE if recipe.engine.kind == "auto" else recipe.engine.kind)
     micro_batch = stage.train.micro_batch
     on_cpu = recipe.device == "cpu"

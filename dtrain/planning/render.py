@@ -41,7 +41,8 @@ def render_plan(plan: RecipePlan, columns: int, price: float | None = None) -> I
     yield f"{plan.name} on {plan.cluster}: {plan.verdict}"
     base = f"{plan.base}, {count(plan.shape.parameters)} parameters"
     if plan.shape.experts:
-        base += f", {count(plan.shape.active_parameters)} of them for a token"
+        active = count(plan.shape.active_parameters)
+        base += f", {active} of them for a token, embeddings included"
     yield from _labeled("base model", base, columns)
     for stage in plan.stages:
         yield ""

@@ -120,6 +120,25 @@ def test_compared_methods_keep_the_keys_of_the_recipe() -> None:
     assert trainable["qlora"] == trainable["lora"] == plan.stages[0].workload.trainable
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("target_modules", "q_projj"),
+        ("rank_pattern", "{nope: 3}"),
+        ("modules_to_save", "down_proj"),
+    ],
+)
+def test_errors_in_a_method_name_its_stage(key: str, value: str) -> None:
+    value = value if ":" in value else f"[{value}]"
+    with pytest.raises(UserError, match=rf"^stages\.task\.method\.{key}: no "):
+        plan_of("30b-a3b-lora", f"stages.task.method.{key}={value}")
+
+
+def test_embeddings_are_said_to_count_for_a_token() -> None:
+    text = " ".join(" ".join(render_plan(plan_of("30b-a3b-lora"), 100)).split())
+    assert "30.5B parameters, 3.35B of them for a token, embeddings included" in text
+
+
 def test_sequences_beyond_the_base_are_said_without_the_base() -> None:
     longer = "stages.task.data.sequence_length=65536"
     done = invoke("plan", "7b-lora", "model.base=meta-llama/Llama-2-7b", longer)
