@@ -161,6 +161,14 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
             return None
         return None if model is None else model_names.match_state_dict(model, self.files)
 
+    @property
+    def entries(self) -> dict[str, Any]:
+        """Entry of the model → its name in the files, or the conversion that makes it.
+
+        Empty if the model cannot be built.
+        """
+        return {**self._matched.stored, **self._matched.converted} if self._matched else {}
+
     @cached_property
     def expert_parts(self) -> dict[str, list[Any]]:
         """Model's own name of a parameter of experts → the tensors that it is stored as."""

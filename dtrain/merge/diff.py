@@ -1,22 +1,79 @@
-"""Which tensors of two models differ, and by how much, a block at a time."""
+"""Which tensors of two models differ, and by how much, a block at a time.
+
+Where the two store a model in different layouts, such as with each expert by itself and with all in
+one tensor, the entries of the model are compared that the tensors make.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain
 from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from dtrain.core.errors import UserError
 from dtrain.core.log import progress
 from dtrain.merge.base_tensors import BaseTensors
 from dtrain.merge.verify import RAW_BYTES, model_tensors
 from dtrain.models.peft_format import WEIGHTS
-from dtrain.models.stored_tensors import FLOAT_DTYPES, DecodedTensor, StoredTensor, row_blocks
+from dtrain.models.stored_tensors import (
+    FLOAT_DTYPES,
+    DecodedTensor,
+    ModelTensors,
+    StoredTensor,
+    row_blocks,
+)
 
-AnyTensor = StoredTensor | DecodedTensor
+FileTensor = StoredTensor | DecodedTensor
+
+
+@dataclass(frozen=True)
+class ConvertedTensor:
+    """An entry of a model that its files have in another layout.
+
+    Attributes:
+        parts: the tensors of its experts, if each is stored by itself, in their order; of others
+            all that is made together is in memory while it is compared.
+    """
+
+    entry: str
+    conversion: Any
+    parts: Sequence[Any]
+    files: ModelTensors
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name."""
+        dtypes = {self.files[name].dtype for name in self.conversion.names}
+        return dtypes.pop() if len(dtypes) == 1 else "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in the model."""
+        return tuple(self.conversion.empty[self.entry].shape)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return a block of its rows, or experts."""
+        if not self.parts:
+            return self._whole[start:stop]
+        names = [part.name for part in self.parts if start <= part.expert < stop]
+        parts = [self.files[name].rows(0, self.files[name].shape[0]) for name in names]
+        return torch.cat(parts).view(stop - start, *self.shape[1:])
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        values: Tensor = self.conversion.convert(self.files.read)[self.entry]
+        return values
+
+
+AnyTensor = FileTensor | ConvertedTensor
+Open = Callable[[], AnyTensor]
 
 
 @dataclass(frozen=True)
@@ -92,14 +149,19 @@ def diff_models(old: Path, new: Path) -> ModelDiff:
     old_tensors, new_tensors = model_tensors(old), model_tensors(new)
     _add_tied_head(old, old_tensors, new_tensors)
     _add_tied_head(new, new_tensors, old_tensors)
-    incomparable = [f"{n}: only in {old}" for n in sorted(old_tensors.keys() - new_tensors.keys())]
-    incomparable += [f"{n}: only in {new}" for n in sorted(new_tensors.keys() - old_tensors.keys())]
-    shared = [name for name in old_tensors if name in new_tensors]
+    only_old = old_tensors.keys() - new_tensors.keys()
+    only_new = new_tensors.keys() - old_tensors.keys()
+    entries = _shared_entries(old, new, only_old, only_new)
+    incomparable = [f"{name}: only in {old}" for name in sorted(only_old)]
+    incomparable += [f"{name}: only in {new}" for name in sorted(only_new)]
+    pairs = [(n, old_tensors[n], new_tensors[n]) for n in old_tensors if n in new_tensors]
     changes, equal = [], 0
-    with progress(f"comparing {len(shared)} tensors", len(shared)) as bar:
-        for name in shared:
+    count = len(pairs) + len(entries)
+    opened = ((name, open_old(), open_new()) for name, (open_old, open_new) in entries.items())
+    with progress(f"comparing {count} tensors", count) as bar:
+        for name, old_tensor, new_tensor in chain(pairs, opened):
             bar.advance()
-            result = _compare(name, old_tensors[name], new_tensors[name])
+            result = _compare(name, old_tensor, new_tensor)
             if isinstance(result, TensorChange):
                 changes.append(result)
             elif result:
@@ -110,8 +172,49 @@ def diff_models(old: Path, new: Path) -> ModelDiff:
     return ModelDiff(changes, equal, incomparable)
 
 
+def _shared_entries(
+    old: Path, new: Path, only_old: set[str], only_new: set[str]
+) -> dict[str, tuple[Open, Open]]:
+    """The entries that both models have, of tensors that go by other names in the other's files.
+
+    The names of these tensors leave the two sets.
+    """
+    if not only_old or not only_new:
+        return {}
+    old_entries, new_entries = _entries(old, only_old), _entries(new, only_new)
+    shared = old_entries.keys() & new_entries.keys()
+    for only, entries in ((only_old, old_entries), (only_new, new_entries)):
+        rest = {name for entry in entries.keys() - shared for name in entries[entry][0]}
+        only.difference_update({n for entry in shared for n in entries[entry][0]} - rest)
+    return {entry: (old_entries[entry][1], new_entries[entry][1]) for entry in sorted(shared)}
+
+
+def _entries(folder: Path, names: set[str]) -> dict[str, tuple[list[str], Open]]:
+    """What these tensors make in the model: names in the files and a function that opens it."""
+    if (folder / WEIGHTS).is_file() or not (folder / "config.json").is_file():
+        return {}
+    base, entries = BaseTensors(folder), dict[str, tuple[list[str], Open]]()
+    for entry, source in base.entries.items():
+        if isinstance(source, str):
+            if source in names:
+                entries[entry] = [source], partial(base.files.__getitem__, source)
+        elif names.issuperset(source.names) and _fits(source, base.files):
+            parts = base.expert_parts.get(entry, [])
+            opened = partial(ConvertedTensor, entry, source, parts, base.files)
+            entries[entry] = source.names, opened
+    return entries
+
+
+def _fits(conversion: Any, files: ModelTensors) -> bool:
+    try:
+        conversion.check_shapes({name: files[name].shape for name in conversion.names})
+    except UserError:
+        return False
+    return all(files[name].dtype in FLOAT_DTYPES for name in conversion.names)
+
+
 def _add_tied_head(
-    folder: Path, tensors: dict[str, AnyTensor], other_tensors: dict[str, AnyTensor]
+    folder: Path, tensors: dict[str, FileTensor], other_tensors: dict[str, FileTensor]
 ) -> None:
     """Add a tied model's output head under its own name, if the other model stores one."""
     if all(name in tensors for name in other_tensors) or (folder / WEIGHTS).is_file():
@@ -126,8 +229,7 @@ def _compare(name: str, old: AnyTensor, new: AnyTensor) -> TensorChange | str | 
     if old.shape != new.shape:
         return f"{name}: {list(old.shape)} and {list(new.shape)}"
     if old.dtype not in FLOAT_DTYPES or new.dtype not in FLOAT_DTYPES:
-        pairs = zip(old.raw(RAW_BYTES), new.raw(RAW_BYTES), strict=False)
-        if old.dtype == new.dtype and all(a == b for a, b in pairs):
+        if old.dtype == new.dtype and _same_bytes(old, new):
             return None
         return f"{name}: not equal, and not floats ({old.dtype}, {new.dtype})"
     squares, old_squares, greatest = 0.0, 0.0, 0.0
@@ -141,6 +243,13 @@ def _compare(name: str, old: AnyTensor, new: AnyTensor) -> TensorChange | str | 
     if not squares and old.dtype == new.dtype:
         return None
     return TensorChange(name, old.shape, sqrt(old_squares), sqrt(squares), greatest)
+
+
+def _same_bytes(old: AnyTensor, new: AnyTensor) -> bool:
+    if isinstance(old, ConvertedTensor) or isinstance(new, ConvertedTensor):
+        return False  # these are floats
+    pairs = zip(old.raw(RAW_BYTES), new.raw(RAW_BYTES), strict=False)
+    return all(a == b for a, b in pairs)
 
 
 def _blocks(tensor: AnyTensor) -> Iterator[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from dtrain.merge.diff import diff_models
 from dtrain.merge.merge import FORMAT
 from dtrain.merge.verify import verify_model
 from dtrain.models.stored_tensors import row_blocks
+from tests.unit.models.mixtures import plain, write_mixture
 
 SHAPES = {"a.weight": (130, 70), "b.weight": (64, 3), "c.bias": (5,)}
 
@@ -125,3 +128,47 @@ def test_a_manifest_of_an_older_dtrain_is_reported(tmp_path: Path) -> None:
     write_json(folder / "merge.json", {"files": {}})
     with pytest.raises(UserError, match="an older dtrain wrote it"):
         verify_model(folder)
+
+
+def in_the_models_layout(
+    base: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]
+) -> Path:
+    """The same model with the names and tensors that it has in memory, without the outer prefix."""
+    shutil.copytree(base, folder)
+    tensors = dict(plain(base).state_dict())
+    change(tensors)
+    named = {name.removeprefix("model."): t.contiguous() for name, t in tensors.items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_experts_stored_apart_are_compared_with_joined_ones(kind: str, tmp_path: Path) -> None:
+    base = write_mixture(tmp_path, kind)
+    apart = len(load_file(base / "model.safetensors"))
+    same = diff_models(base, in_the_models_layout(base, tmp_path / "same", lambda tensors: None))
+    assert not same.changes and not same.incomparable and same.equal < apart
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        (name,) = (n for n in tensors if n.endswith("layers.1.mlp.experts.gate_up_proj"))
+        tensors[name][2, 20, 5] += 3
+
+    new = in_the_models_layout(base, tmp_path / "new", change)
+    for pair in ((base, new), (new, base)):
+        differences = diff_models(*pair)
+        (changed,) = differences.changes
+        assert changed.name == "model.layers.1.mlp.experts.gate_up_proj"
+        assert changed.greatest == pytest.approx(3) == changed.difference_norm
+        assert differences.equal == same.equal - 1 and not differences.incomparable
+
+
+def test_experts_of_other_sizes_are_not_compared(tmp_path: Path) -> None:
+    base = write_mixture(tmp_path, "qwen3_moe")
+    new = in_the_models_layout(base, tmp_path / "new", lambda tensors: None)
+    content = (base / "config.json").read_text()
+    (base / "config.json").write_text(
+        content.replace('"moe_intermediate_size": 16', '"moe_intermediate_size": 24')
+    )
+    sentences = diff_models(base, new).incomparable
+    assert any(f"experts.3.up_proj.weight: only in {base}" in sentence for sentence in sentences)
+    assert any(f"experts.down_proj: only in {new}" in sentence for sentence in sentences)
