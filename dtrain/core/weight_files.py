@@ -16,6 +16,7 @@ from dtrain.core.cache_paths import hub_cache, hub_id, hub_snapshot
 from dtrain.core.errors import UserError
 from dtrain.core.file_types import check_type
 from dtrain.core.files import MAX_BYTES, open_file, parse_json, read_json, read_object
+from dtrain.core.log import warn
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -258,3 +259,13 @@ def check_complete(
                 where=str(folder),
                 fix="weights and config.json must belong to the same model; download them again",
             )
+
+
+def warn_incomplete(folder: Path, missing: Iterable[str]) -> None:
+    """Warn that files lack tensors outside the language model, such as an image tower's, if so."""
+    if names := sorted(missing):
+        warn(
+            f"{folder}: {len(names)} tensors outside the language model are missing, such as "
+            f"{names[0]}. A model merged from these files lacks them too; for the whole model "
+            "download them again"
+        )

@@ -17,7 +17,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 from dtrain.config import schema
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.log import warn
-from dtrain.core.weight_files import check_complete, read_headers
+from dtrain.core.weight_files import check_complete, read_headers, warn_incomplete
 from dtrain.distributed.out_of_memory import is_out_of_memory
 from dtrain.models import attention, attention_probe
 from dtrain.models.by_document import separate_states, skip_hooks_of_experts
@@ -98,11 +98,13 @@ def load_base(
         device_map="auto" if all_gpus else {"": device},
     )
     reshaped = (str(name) for name, *_ in info["mismatched_keys"])
-    unexpected = info["unexpected_keys"]
+    unexpected, of_towers = info["unexpected_keys"], set[str]()
     if unused_towers(config):  # whose tensors are not loaded
         stored = (name for entries in read_headers(folder).values() for name in entries)
-        unexpected = match_state_dict(build_meta_model(config), stored).unexpected
+        matched = match_state_dict(build_meta_model(config), stored)
+        unexpected, of_towers = matched.unexpected, {*matched.missing} - model.state_dict().keys()
     check_complete(folder, info["missing_keys"], unexpected, reshaped)
+    warn_incomplete(folder, of_towers)
     check_quantized(model, packed)
     check_finite(folder, model, packed=quantized)
     return freeze_for_training(model, settings)

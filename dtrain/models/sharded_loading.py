@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dtrain.config import schema
 from dtrain.core.errors import UserError
-from dtrain.core.weight_files import FLOATS, check_complete
+from dtrain.core.weight_files import FLOATS, check_complete, warn_incomplete
 from dtrain.models.check_base import stored_quantized_error
 from dtrain.models.compute_dtype import kept_dtypes
 from dtrain.models.conversion import Conversion, expert_parts
@@ -50,12 +50,14 @@ class StreamedModel:
         self.model, self._device = model, device
         self._files = ModelTensors(folder)
         whole = build_meta_model(model.config) if unused_towers(model.config) else model
-        names = match_state_dict(whole, self._files).among(model.state_dict())
+        matched = match_state_dict(whole, self._files)
+        names = matched.among(model.state_dict())
         # keyed by module, not by name: adapters wrap modules and change their names
         self._sources: dict[nn.Module, dict[str, TensorSource]] = {}
         self._shared: dict[nn.Parameter, nn.Parameter | None] = {}
         check_complete(folder, names.missing, names.unexpected)
         check_conversions(folder, names.conversions, self._files)
+        warn_incomplete(folder, {*matched.missing} - {*names.missing})
         self._untie(names.stored)
         sources = {
             n: TensorSource([x], partial(self._files.read, x, device))

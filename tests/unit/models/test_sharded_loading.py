@@ -97,6 +97,19 @@ def test_every_entry_that_a_text_needs_is_loaded(
     torch.testing.assert_close(logits(model), logits(saved), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("load", [filled, whole])
+def test_files_without_an_image_tower_are_reported(
+    tmp_path: Path, save_small: Callable, load: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_small("gemma3", tmp_path)
+    load(tmp_path)
+    assert "outside the language model" not in capsys.readouterr().out
+    edit(tmp_path, lambda tensors: [tensors.pop(n) for n in [*tensors] if "vision_tower" in n])
+    load(tmp_path)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "outside the language model are missing, such as model.vision_tower" in output
+
+
 @pytest.mark.parametrize("kind", ["gemma4_text", "apertus"])
 def test_buffers_are_loaded_with_nf4_and_bfloat16(
     tmp_path: Path, save_small: Callable, kind: str
@@ -131,7 +144,7 @@ def test_missing_and_unexpected_tensors_are_refused(
         load(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2])
 def test_quantized_tensors_are_refused(
     tmp_path: Path, save_small: Callable, dtype: torch.dtype
 ) -> None:
