@@ -21,12 +21,14 @@ from dtrain.merge.base_tensors import FLOATS, BaseTensors, is_outside_layers
 from dtrain.merge.expert_delta import ExpertDelta
 from dtrain.merge.weight_delta import (
     CONVOLUTIONS,
+    SAVE_AGAIN,
     BlockUpdate,
     LayerDelta,
     check_config,
+    check_roles,
     layer_from_config,
 )
-from dtrain.models.peft_format import read_adapter_config
+from dtrain.models.peft_format import WEIGHTS, read_adapter_config
 from dtrain.models.stored_tensors import row_blocks
 
 EXPERT_TENSORS = 4  # kept: A and B of two parameters
@@ -85,7 +87,9 @@ class MergeableAdapter:
             raise UserError(
                 message, where=str(folder), fix="give an adapter's folder in PEFT layout"
             )
-        return cls(read_adapter_config(folder), AdapterFile(folder), base, folder)
+        adapter = cls(read_adapter_config(folder), AdapterFile(folder), base, folder)
+        adapter._check_whole()
+        return adapter
 
     @property
     def names(self) -> set[str]:
@@ -172,7 +176,7 @@ class MergeableAdapter:
                 f"trainable_token_indices names {len(rows)} rows of {name} {stored}, "
                 f"{key} is {shape}",
                 where=self.where,
-                fix="config and weights must belong to one adapter; save it again",
+                fix=SAVE_AGAIN,
             )
         self.token_rows[name] = key, rows
 
@@ -218,7 +222,23 @@ class MergeableAdapter:
         module = name.removesuffix(".weight")
         return any(module.endswith(saved) for saved in self.config.get("modules_to_save") or ())
 
+    def _check_whole(self) -> None:
+        """Check that all weights that the config names have tensors; PEFT would make new ones."""
+        lacks = []
+        for name in self._base.adapted_by(self.config):
+            parts = [part.name for part in self._base.expert_parts.get(name, ())]
+            stored = [x for x in (self._base.stored_name(name), *parts) if x]
+            if stored and self.names.isdisjoint(stored):
+                lacks.append(name)
+        if self.config.get("trainable_token_indices") and not self.token_rows:
+            lacks.append("trainable_token_indices")
+        if lacks:
+            message = f"{ADAPTER_CONFIG} names {lacks[0]}, of which {WEIGHTS} has no tensors"
+            raise UserError(message, where=self.where, fix=SAVE_AGAIN)
+
     def _take_layer(self, module: str, keys: dict[str, str]) -> None:
+        if "s" not in keys:
+            check_roles(self.config, module, keys, self.where)
         if {"a", "b"} == keys.keys() and (parameter := self._expert_parameter(module)):
             self._take_experts(parameter, keys)
             return

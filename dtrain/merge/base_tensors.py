@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
+from dtrain.config.methods.patterns import match_names
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_object
 from dtrain.core.lazy_import import LazyModule
+from dtrain.core.log import warn
+from dtrain.core.weight_files import check_complete, warn_incomplete
 from dtrain.models.stored_tensors import FLOAT_DTYPES, ModelTensors
 
 # A second to import, and few merges need them.
@@ -174,6 +177,54 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
         """Model's own name of a parameter of experts → the tensors that it is stored as."""
         conversions = self._matched.conversions if self._matched else []
         return {k: v for x in conversions for k, v in conversion.expert_parts(x).items()}
+
+    def check_complete(self) -> None:
+        """Check that the files have the whole language model that config.json describes.
+
+        Warns if they lack what is outside of it, such as image towers or a processor's files.
+        Nothing is checked if the model cannot be built.
+
+        Raises:
+            UserError: they lack a tensor, or have one of another shape.
+        """
+        if (matched := self._matched) is None:
+            return
+        entries = self._model.state_dict()
+        stored = ((x, entries[entry].shape) for entry, x in matched.stored.items())
+        reshaped = {name for name, shape in stored if self[name][1] != list(shape)}
+        inside = {name for name in matched.missing if name.startswith(self._decoder)}
+        check_complete(self.folder, inside, (), reshaped)
+        conversion.check_conversions(self.folder, matched.conversions, self.files)
+        warn_incomplete(self.folder, {*matched.missing} - inside)
+        is_multimodal = models.auto_class(self._model.config) is models.AutoModelForMultimodalLM
+        if is_multimodal and not any(self.folder.glob("*processor_config.json")):
+            warn(
+                f"{self.folder}: no processor_config.json or preprocessor_config.json in it, "
+                "without which the model reads text alone; download them into it"
+            )
+
+    @cached_property
+    def _decoder(self) -> str:
+        """How the names of the model's stack of layers begin; empty if it is the model itself."""
+        decoder = self._model.get_decoder()
+        return next((f"{n}." for n, m in self._model.named_modules() if n and m is decoder), "")
+
+    def adapted_by(self, config: dict[str, Any]) -> list[str]:
+        """The weights of the model that PEFT adapts under a config, as far as it is sure.
+
+        They are parameters named in target_parameters, and linear layers of the language model
+        named in target_modules, unless other settings leave some of them out.
+        """
+        if self._matched is None:
+            return []
+        names = [name for name, _ in self._model.named_parameters()]
+        adapted = match_names(names, config.get("target_parameters") or ())
+        modules = config.get("target_modules")
+        is_narrowed = config.get("exclude_modules") or config.get("layers_to_transform") is not None
+        if isinstance(modules, list) and not is_narrowed:
+            layers = [x for x in models.linear_layers(self._model) if x.startswith(self._decoder)]
+            adapted += [f"{name}.weight" for name in match_names(layers, modules)]
+        return adapted
 
     def has_transposed_experts(self, parameter: str) -> bool:
         """Whether the model keeps the matrices of a parameter of experts as [in, out]."""

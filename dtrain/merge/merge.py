@@ -169,6 +169,7 @@ class MergeJob:
         return changes
 
     def _write(self, model: MergedModel) -> None:
+        self.tensors.check_complete()
         model = model.decoded(self.tensors).indexed(self.base)
         hashes = [lookup_hash(path) for path in self.weights]
         if all(hashes):  # a wrong base is then reported before the work, not after it

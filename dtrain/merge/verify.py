@@ -15,6 +15,7 @@ from dtrain.core.log import progress
 from dtrain.core.stage_dir import MERGE_MANIFEST, read_merge_manifest
 from dtrain.core.weight_files import INDEX, read_header, read_weight_map, weight_files
 from dtrain.distributed.tensor_utils import all_finite
+from dtrain.merge.base_tensors import BaseTensors
 from dtrain.merge.merge import FORMAT
 from dtrain.models.peft_format import WEIGHTS
 from dtrain.models.stored_tensors import (
@@ -63,6 +64,8 @@ def verify_model(folder: Path) -> VerifyReport:
             bar.advance()
     _check_index(folder, report)
     _verify_decoded(folder, report)
+    if not (folder / WEIGHTS).is_file():
+        _check_complete(folder, report)
     for name, digest in hashes.items():
         if not (folder / name).is_file():
             report.problems.append(f"{name}: is missing")
@@ -109,6 +112,14 @@ def _verify_decoded(folder: Path, report: VerifyReport) -> None:
             rows = row_blocks(tensor.shape)
             if not all([all_finite(tensor.rows(*block)) for block in rows]):
                 report.problems.append(f"{tensor.path.name}: {name} contains NaN or infinity")
+
+
+def _check_complete(folder: Path, report: VerifyReport) -> None:
+    """Check that the tensors are those of the model that config.json describes."""
+    try:
+        BaseTensors(folder).check_complete()
+    except UserError as error:
+        report.problems.append(error.message)
 
 
 def _check_index(folder: Path, report: VerifyReport) -> None:

@@ -176,6 +176,7 @@ REFUSED = {
 }
 # Initializations that leave the base unchanged; with others PEFT changes the base at loading.
 INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+SAVE_AGAIN = "config and weights must belong to one adapter; save it again"
 
 
 def check_config(config: Any, path: Path) -> None:
@@ -217,6 +218,20 @@ def _check_patterns(config: dict[str, Any], path: Path) -> None:
             raise UserError(f"{key} is not a table of numbers", where=str(path), fix=fix)
         for pattern in patterns:
             compile_pattern(pattern, str(path))
+
+
+def check_roles(config: dict[str, Any], module: str, keys: dict[str, str], where: str) -> None:
+    """Check that a layer of LoRA has the tensors that its settings ask for, and no others.
+
+    Raises:
+        UserError: DoRA's magnitude or a bias is missing, or no setting asks for it.
+    """
+    for role, tensor, setting in (("m", "magnitude", "use_dora"), ("bias", "bias", "lora_bias")):
+        is_set, has = bool(config.get(setting)), role in keys
+        if is_set != has:
+            problem = f"{module} has {'a' if has else 'no'} {tensor}"
+            message = f"{problem}, but the config says {setting}: {str(is_set).lower()}"
+            raise UserError(message, where=where, fix=SAVE_AGAIN)
 
 
 def layer_from_config(

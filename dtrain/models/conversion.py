@@ -8,11 +8,12 @@ back to the files. A rule that does more than to move values is found by its res
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,6 +127,32 @@ class Conversion:
             f"the files have {len(most)} tensors like {most[-1]}, but {len(fewest)} like "
             f"{fewest[-1]}"
         )
+
+
+def check_conversions(
+    folder: Path, conversions: Iterable[Conversion], tensors: Mapping[str, Any]
+) -> None:
+    """Check that the files' tensors of another layout make the model's; none is read.
+
+    Args:
+        tensors: of the files, by name; only their shapes count.
+
+    Raises:
+        UserError: they do not.
+    """
+    checked = set[object]()
+    for conversion in conversions:
+        shapes = {name: tensors[name].shape for name in conversion.names}
+        made = tuple(empty.shape for empty in conversion.empty.values())
+        by_pattern = tuple(map(len, conversion.sources.values()))
+        kind = id(conversion.rule), by_pattern, tuple(shapes.values()), made
+        if kind in checked:  # layers that are alike
+            continue
+        checked.add(kind)
+        try:
+            conversion.check_shapes(shapes)
+        except UserError as error:
+            raise UserError(error.message, where=str(folder), fix=error.fix) from error
 
 
 @dataclass(frozen=True)

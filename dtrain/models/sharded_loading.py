@@ -9,7 +9,7 @@ each byte from disk once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from dtrain.core.errors import UserError
 from dtrain.core.weight_files import FLOATS, check_complete, warn_incomplete
 from dtrain.models.check_base import stored_quantized_error
 from dtrain.models.compute_dtype import kept_dtypes
-from dtrain.models.conversion import Conversion, expert_parts
+from dtrain.models.conversion import Conversion, check_conversions, expert_parts
 from dtrain.models.expert_layers import expert_parameters
 from dtrain.models.expert_nf4 import holds_nf4, mark_experts, packed_parameter
 from dtrain.models.finite_weights import check_tensor
@@ -199,29 +199,6 @@ def check_shape(folder: Path, name: str, stored: list[int], expected: list[int])
             where=str(folder),
             fix="weights and config.json must belong to the same model; download them again",
         )
-
-
-def check_conversions(
-    folder: Path, conversions: Iterable[Conversion], tensors: ModelTensors
-) -> None:
-    """Check that the files' tensors of another layout make the model's; none is read.
-
-    Raises:
-        UserError: they do not.
-    """
-    checked = set[object]()
-    for conversion in conversions:
-        shapes = {name: tensors[name].shape for name in conversion.names}
-        made = tuple(empty.shape for empty in conversion.empty.values())
-        by_pattern = tuple(map(len, conversion.sources.values()))
-        kind = id(conversion.rule), by_pattern, tuple(shapes.values()), made
-        if kind in checked:  # layers that are alike
-            continue
-        checked.add(kind)
-        try:
-            conversion.check_shapes(shapes)
-        except UserError as error:
-            raise UserError(error.message, where=str(folder), fix=error.fix) from error
 
 
 def check_dtype(folder: Path, name: str, stored: str, expected: Tensor) -> None:

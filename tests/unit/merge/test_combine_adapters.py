@@ -162,8 +162,9 @@ def test_an_adapter_over_the_merged_model_in_nf4_is_refused(
 def test_base_that_records_its_merged_adapters(
     base: Path, tmp_path: Path, make_adapter: Make
 ) -> None:
-    first = make_adapter(tmp_path / "a", LAYERS, 4, base_model_name_or_path=str(base))
-    unrelated = make_adapter(tmp_path / "c", LAYERS, 4, base_model_name_or_path=str(base))
+    settings = {"base_model_name_or_path": str(base), "target_modules": [*LAYERS]}
+    first = make_adapter(tmp_path / "a", LAYERS, 4, **settings)
+    unrelated = make_adapter(tmp_path / "c", LAYERS, 4, **settings)
     job = MergeJob(base, tmp_path / "merged", source="s")
     job.merge_adapters([adapter_input(MergeableAdapter.open(first, job.tensors))])
     merged = str(tmp_path / "merged")

@@ -277,6 +277,20 @@ def test_incomplete_lora_pair_is_refused(key: str, base: Path, adapter: Path) ->
     )
 
 
+def test_adapter_that_lacks_a_layer_is_refused(base: Path, adapter: Path) -> None:
+    edit_adapter(adapter, **{f"{Q}.lora_{x}.weight": None for x in "AB"})
+    assert_refused(base, adapter, r"names model\.layers\.0\.self_attn\.q_proj\.weight, of which")
+
+
+def test_settings_without_their_tensors_are_refused(base: Path, adapter: Path) -> None:
+    for setting, tensor in (("use_dora", "magnitude"), ("lora_bias", "bias")):
+        edit_config(adapter, **{setting: True})
+        assert_refused(base, adapter, rf"has no {tensor}, but the config says {setting}: true")
+        edit_config(adapter, **{setting: False})
+    edit_adapter(adapter, **{f"{Q}.lora_magnitude_vector": torch.ones(64)})
+    assert_refused(base, adapter, r"q_proj has a magnitude, but the config says use_dora: false")
+
+
 def test_shape_mismatch_with_the_base_is_refused(base: Path, adapter: Path) -> None:
     edit_adapter(adapter, **{f"{Q}.lora_A.weight": torch.ones(8, 65)})
     assert_refused(
