@@ -277,6 +277,8 @@ class MergeableAdapter:
             experts = self._base.shape_of(stored)[1][0]
         else:
             experts = len({part.expert for part in parts})
+            if not experts and (reason := self._base.why_not_written(parameter)):
+                raise UserError(reason, where=str(self._base.folder))
         if len(a) != 2 or not experts or [a[0], b[1]] != [r * experts] * 2:
             raise UserError(
                 f"{parameter} has {experts} experts in the base; {ADAPTER_CONFIG} says rank {r}, "
@@ -325,6 +327,9 @@ class MergeableAdapter:
         if stored is None:
             fix = "merge into the base that the adapter was trained on"
             message = f"{key} matches nothing in the base (no {name})"
+            if reason := self._base.model_error:  # which would say what the files name otherwise
+                message += f"; the base's model cannot be built: {reason}"
+                fix = f"correct the base's config.json, or {fix}"
             raise UserError(message, where=self.where, fix=fix)
         if (dtype := self._base.shape_of(stored)[0]) not in FLOATS:
             message = f"{stored} of the base is {dtype}, not a plain float"

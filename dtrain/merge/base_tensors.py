@@ -62,11 +62,14 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
     Attributes:
         files: reads them.
         conversions: of parameters that `stored_name` found in another layout, by name.
+        model_error: why the model could not be built that renames parameters; empty if it could,
+            or was not needed.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.conversions: dict[str, Any] = {}
+        self.model_error = ""
         self._moves: dict[Any, Any] = {}
         self.folder, self.files = folder, ModelTensors(folder)
         self |= {name: (tensor.dtype, [*tensor.shape]) for name, tensor in self.files.items()}
@@ -160,7 +163,8 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
     def _matched(self) -> Any:
         try:
             model = self._model
-        except UserError:
+        except UserError as error:
+            self.model_error = error.message
             return None
         return None if model is None else model_names.match_state_dict(model, self.files)
 
@@ -243,7 +247,8 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
 
     @cached_property
     def _model(self) -> Any:
-        return _meta_model(self.folder)
+        model, self.model_error = _meta_model(self.folder)
+        return model
 
     @cached_property
     def has_transposed_layers(self) -> bool:
@@ -296,7 +301,7 @@ def untied_config(folder: Path) -> dict[str, Any]:
             group["tie_word_embeddings"] = False
     with TemporaryDirectory() as probe:
         (Path(probe) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        if _tied_parameters(_meta_model(Path(probe))) is not None:
+        if _tied_parameters(_meta_model(Path(probe))[0]) is not None:
             raise UserError(
                 f"embedding and output head of a {config.get('model_type')} cannot be untied, but "
                 "the adapter changes them differently",
@@ -324,18 +329,22 @@ def _tied_parameters(model: Any) -> tuple[str, str] | None:
     return (embedding, f"{head}.weight") if embedding else None
 
 
-def _meta_model(folder: Path) -> Any:
-    """Return the model without storage; None if it cannot be built and nothing is tied."""
+def _meta_model(folder: Path) -> tuple[Any, str]:
+    """Return the model without storage, or None and why, if it cannot be built.
+
+    Raises:
+        UserError: it cannot be built, and its config ties embedding and output head.
+    """
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return models.build_meta_model(config)
+        return models.build_meta_model(config), ""
     except Exception as error:  # custom code, an unknown architecture or setting
         raw = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+        reason = error.message if isinstance(error, UserError) else models.first_line(error)
         if not raw.get("tie_word_embeddings"):
-            return None
+            return None, reason
         raise UserError(
-            "embedding and output head are tied, but which tensors they are is unknown: "
-            f"{models.first_line(error)}",
+            f"embedding and output head are tied, but which tensors they are is unknown: {reason}",
             where=str(folder / "config.json"),
             fix="untie the base first, or leave embedding and head out of the adapter",
         ) from error

@@ -407,6 +407,32 @@ def test_an_adapter_of_other_experts_is_refused(write: Callable, kind: str, tmp_
         MergeableAdapter.open(adapter, other)
 
 
+@pytest.mark.parametrize("key", ["num_experts", "model_type", "quantization_config"])
+def test_a_merge_names_a_config_that_it_cannot_read(
+    write: Callable, key: str, tmp_path: Path
+) -> None:
+    folder = write("qwen3_moe")
+    method, model = adapted(folder)
+    adapter = saved(method, model, tmp_path / "adapter")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {key: "4"}))
+    with pytest.raises(UserError, match=r"model cannot be built: .*(expected int|`4`|to_dict)"):
+        MergeableAdapter.open(adapter, BaseTensors(folder))
+
+
+def test_a_merge_names_experts_that_do_not_stack(write: Callable, tmp_path: Path) -> None:
+    folder = write("qwen3_moe")
+    method, model = adapted(folder)
+    adapter = saved(method, model, tmp_path / "adapter")
+    tensors = load_file(folder / "model.safetensors")
+    up = "model.layers.1.mlp.experts.{}.up_proj.weight"
+    tensors[up.format(EXPERTS)] = tensors[up.format(0)].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"files' tensors do not make .*layers.1") as error:
+        MergeableAdapter.open(adapter, BaseTensors(folder))
+    assert error.value.where == str(folder)
+
+
 # In the middle, the last of a layer, and all of it that one layer has.
 @pytest.mark.parametrize("missing", ["2.up_proj.weight", "3.down_proj.weight", "3."])
 @pytest.mark.parametrize("sharded", [False, True])
