@@ -154,6 +154,7 @@ def diff_models(old: Path, new: Path) -> ModelDiff:
     entries = _shared_entries(old, new, only_old, only_new)
     incomparable = [f"{name}: only in {old}" for name in sorted(only_old)]
     incomparable += [f"{name}: only in {new}" for name in sorted(only_new)]
+    pairs: list[tuple[str, AnyTensor, AnyTensor]]
     pairs = [(n, old_tensors[n], new_tensors[n]) for n in old_tensors if n in new_tensors]
     changes, equal = [], 0
     count = len(pairs) + len(entries)

@@ -120,13 +120,12 @@ class Conversion:
             if others:
                 odd = next(name for name in names if tuple(shapes[name]) != usual)
                 return f"{odd} is {list(shapes[odd])} in the files, others of its kind {[*usual]}"
-        most, fewest = (f(self.sources.values(), key=len) for f in (max, min))
+        by_count = sorted(self.sources.values(), key=len)
+        fewest, most = by_count[0], by_count[-1]
         if len(most) == len(fewest):
             return ""
-        return (
-            f"the files have {len(most)} tensors like {most[-1]}, but {len(fewest)} like "
-            f"{fewest[-1]}"
-        )
+        theirs = f"{len(fewest)} like {fewest[-1]}"
+        return f"the files have {len(most)} tensors like {most[-1]}, but {theirs}"
 
 
 def check_conversions(
