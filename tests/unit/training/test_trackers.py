@@ -59,6 +59,8 @@ def log_records(path: Path) -> Iterator[bytes]:
             at += BLOCK_BYTES - at % BLOCK_BYTES
             continue
         size, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        if at + 7 + size > len(content):  # the kill came while it was written
+            return
         record += content[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last part
