@@ -82,7 +82,7 @@ def _check_choices(model: nn.Module, where: str) -> None:
     for name, experts in model.named_modules():
         if not is_experts(experts):
             continue
-        block, count = name.rpartition(".")[0], int(experts.num_experts)  # type: ignore[arg-type]
+        block, count = name.rpartition(".")[0], int(experts.num_experts)
         for module in model.get_submodule(block).modules():  # the router, or the block itself
             chosen = vars(module).get("top_k")
             if type(chosen) is int and not 0 < chosen <= count:

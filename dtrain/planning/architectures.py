@@ -346,9 +346,12 @@ def _gpt_oss(kind: str, config: dict[str, Any]) -> ModelShape:
     number, width = _experts(config), int(config["intermediate_size"])
     router = ("mlp.router.weight", "mlp.router.bias")
     shape = _with_experts(shape, config, number, width=width, bias=True, router=router)
-    # Sinks. The MLP saves both halves, the clamped gate, its sigmoid, their product, and up + 1.
-    sinks = {"others": ((shape.heads, 1),), "other_names": ("self_attn.sinks",)}
-    return replace(shape, **sinks, mlp_saved=6)
+    return replace(
+        shape,
+        others=((shape.heads, 1),),
+        other_names=("self_attn.sinks",),
+        mlp_saved=6,  # both halves, the clamped gate, its sigmoid, their product, and up + 1
+    )
 
 
 def _glm4_moe(kind: str, config: dict[str, Any]) -> ModelShape:
