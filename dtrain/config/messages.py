@@ -30,7 +30,6 @@ _EXPECTED = {
     "dict_type": "a group of keys",
     "model_type": "a group of keys",
     "model_attributes_type": "a group of keys",
-    "too_short": "a list with at least one entry",
 }
 
 _BOUNDS = {
@@ -169,6 +168,9 @@ def _expected(detail: Mapping[str, Any]) -> str:
         return phrase.format(f"{context[name]:g}")
     if kind == "string_too_long":
         return f"a text of at most {context['max_length']} characters"
+    if kind == "too_short":
+        group = "group of keys" if context["field_type"] == "Dictionary" else "list"
+        return f"a {group} with at least one entry"
     return _EXPECTED.get(kind) or str(detail["msg"]).lower()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from dtrain.config.group import Group, Text
 
@@ -40,6 +41,22 @@ class Tokens(Group):
             "`{<tool>: tool call}`: at the mean of these words' tokens"
         )
     )
+
+    @field_validator("add")
+    @classmethod
+    def _check_words(cls, add: list[str] | dict[str, str]) -> list[str] | dict[str, str]:
+        """Check that the words of each token are words that the base can know."""
+        for token, words in add.items() if isinstance(add, dict) else ():
+            if not words.strip():
+                raise ValueError(f"{token!r} has no words to start from")
+            for other in add:
+                alone = rf"(?<!\w){re.escape(other)}(?!\w)"
+                if other not in (token, add[other]) and re.search(alone, words):
+                    raise ValueError(
+                        f"{token!r} cannot start from {other!r}, which is new too; write "
+                        f"the words that it starts from, {add[other]!r}"
+                    )
+        return add
 
     @property
     def words(self) -> dict[str, str | None]:

@@ -207,6 +207,15 @@ def _first_tokens(
     ids: list[int] = tokenizer.encode(words, add_special_tokens=False)
     if not ids or max(ids) >= rows:
         raise UserError(f"{words!r} has no tokens to start from", where=WHERE)
+    unknown = tokenizer.unk_token_id
+    if unknown in ids and str(tokenizer.unk_token) not in words:
+        each = {word: tokenizer.encode(word, add_special_tokens=False) for word in words.split()}
+        word = next((word for word, numbers in each.items() if unknown in numbers), words)
+        raise UserError(
+            f"{word!r} is unknown to the base's tokenizer",
+            where=WHERE,
+            fix="write other words, or a list of tokens, which start at the mean of all",
+        )
     return ids
 
 

@@ -293,3 +293,8 @@ def test_evaluations_of_a_wrong_type_are_refused_beside_a_general_gate(name: str
     values = ", ".join(f"{key}: {value}" for key, value in values.items())
     with pytest.raises(UserErrors, match=f"evaluation.{name}"):
         load_recipe(write(GOOD), [f"evaluation={{{values}}}"])
+
+
+def test_an_empty_table_is_not_said_to_be_a_list() -> None:
+    with pytest.raises(UserError, match="must be a list or a group of keys with at least one"):
+        load_recipe("tiny", ["model.tokens={add: {}}"])

@@ -161,7 +161,7 @@ def test_files_without_such_rows_are_links_and_the_folder_is_built_once(
     ("add", "message"),
     [
         (["w3"], "has the token 'w3' already, number 4"),
-        ({"<tool>": " "}, "' ' has no tokens to start from"),
+        ({"<tool>": "w3 zzz w5"}, "'zzz' is unknown to the base's tokenizer"),
     ],
 )
 def test_what_cannot_be_added_is_refused_and_leaves_nothing(
@@ -196,11 +196,23 @@ def test_known_tokens_are_found_without_the_tokenizer(
         (["a\tb"], "control or invisible"),
         (["a\u200bb"], r"such as '\\u200b'"),
         ({"<a>": ""}, "at least 1 character"),
+        ({"<a>": "  "}, "'<a>' has no words to start from"),
+        ({"<a>": "the <b>.", "<b>": "x"}, "cannot start from '<b>', which is new too; .*, 'x'"),
     ],
 )
 def test_tokens_that_nobody_can_mean_are_refused(add: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Tokens(add=add)
+
+
+def test_words_may_be_those_of_a_new_token_or_contain_it() -> None:
+    add = {"cat": "cat", "kitten": "cat", "<a>": "concatenate a cat"}
+    assert Tokens(add=add).words == add
+
+
+def test_a_token_may_start_from_the_unknown_one(extend: Callable[..., Any]) -> None:
+    base, model, _, ids = extend({"<tool>": "<unk>"}, 10)
+    assert torch.equal(matrices(model)[0][ids[0]], matrices(base)[0][0])
 
 
 def test_a_tokenizer_that_splits_a_new_token_is_refused() -> None:
