@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def in_the_models_layout(
     shutil.copytree(base, folder)
     tensors = dict(plain(base).state_dict())
     change(tensors)
-    named = {name.removeprefix("model."): t.contiguous() for name, t in tensors.items()}
+    named = {name.removeprefix("model."): t.clone() for name, t in tensors.items()}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -160,6 +161,23 @@ def test_experts_stored_apart_are_compared_with_joined_ones(kind: str, tmp_path:
         assert changed.name == "model.layers.1.mlp.experts.gate_up_proj"
         assert changed.greatest == pytest.approx(3) == changed.difference_norm
         assert differences.equal == same.equal - 1 and not differences.incomparable
+
+
+def test_matrices_stored_joined_are_compared_with_single_ones(
+    tmp_path: Path, save_small: Callable[..., Any]
+) -> None:
+    save_small("hrm_text", base := tmp_path / "base")
+    joined = load_file(base / "model.safetensors").keys()
+    assert any(name.endswith("gate_up_proj.weight") for name in joined)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        name = next(n for n in tensors if n.endswith("mlp.up_proj.weight"))
+        tensors[name][3, 4] += 3
+
+    differences = diff_models(base, in_the_models_layout(base, tmp_path / "new", change))
+    (changed,) = differences.changes
+    assert changed.name.endswith("mlp.up_proj.weight")
+    assert changed.greatest == pytest.approx(3) and not differences.incomparable
 
 
 def test_experts_of_other_sizes_are_not_compared(tmp_path: Path) -> None:
