@@ -6,6 +6,7 @@ Needs no torch: config.json, the file names and the headers of the safetensors f
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,16 @@ from dtrain.core.coded_tensors import file_tensors
 from dtrain.core.errors import UserError
 from dtrain.core.files import read_text
 from dtrain.core.weight_files import FLOATS, check_index, has_tokenizer
-from dtrain.planning.architectures import check_not_quantized, read_config
+from dtrain.planning.architectures import (
+    ARCHITECTURES,
+    check_not_quantized,
+    read_config,
+    shape_of,
+)
+from dtrain.planning.shapes import check_stored
 
 TOKENIZER_BYTES = 1 << 28
+LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ def open_model(folder: Path) -> LocalModel:
 
     Raises:
         UserError: no config.json or tokenizer, a missing or incomplete file of weights, a tensor of
-            the index that no file has, or quantized weights.
+            the index that no file has, quantized weights, or other sizes than the config's.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -82,7 +90,27 @@ def open_model(folder: Path) -> LocalModel:
         shapes[name] = tensor.shape
         names.update(tensor.coded.names if tensor.coded else (name,))
     check_index(folder, names)
+    _check_shape(config, shapes, str(path))
     return LocalModel(folder, config, shapes)
+
+
+def _check_shape(config: dict[str, Any], shapes: dict[str, list[int]], where: str) -> None:
+    """Check the sizes of a decoder, alone or in a multimodal model, if the plan knows its type."""
+    is_alone = config.get("model_type") in ARCHITECTURES
+    decoder = config if is_alone else config.get("text_config")
+    try:
+        shape = shape_of(decoder or {}, where)
+    except UserError:  # another type, or a size that transformers knows
+        return
+    check_stored(shape, shapes.values(), where)
+    numbers = {int(match[1]) for name in shapes if (match := LAYER.match(name))}
+    more = len(numbers) > shape.layers and not config.get("num_nextn_predict_layers")
+    if is_alone and more:  # GLM's files have layers that no text needs
+        raise UserError(
+            f"num_hidden_layers is {shape.layers}, but the files have {len(numbers)} layers",
+            where=where,
+            fix="weights and config.json must belong to the same model; download them again",
+        )
 
 
 def known_tokens(folder: Path) -> dict[str, int]:

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from dtrain.config.schema import Recipe, Stage
+from dtrain.core.coded_tensors import file_tensors
+from dtrain.core.errors import UserError
 from dtrain.planning.build_workload import build_workload
 from dtrain.planning.calibration import Correction, find_correction
 from dtrain.planning.choose import PlanOption, list_options, resolve
@@ -16,7 +19,7 @@ from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.fit import FITS, ORDER, MemoryFit, Suggestion, assess_fit, suggest_changes
 from dtrain.planning.known_models import find_config, find_shape
 from dtrain.planning.memory_estimate import MemoryEstimate
-from dtrain.planning.shapes import ModelShape
+from dtrain.planning.shapes import ModelShape, check_stored
 from dtrain.planning.simulated_peak import (
     ReportProgress,
     SimulatedStep,
@@ -144,15 +147,28 @@ def make_plan(recipe: Recipe, cluster: Cluster) -> RecipePlan:
     """Plan every stage, after choosing what the recipe leaves to `auto`.
 
     Raises:
-        UserError: the base's shape is not known, or the ranks cannot share a batch evenly.
+        UserError: the base's shape is not known, or not that of its files; or the ranks cannot
+            share a batch evenly.
     """
     shape, source = find_shape(recipe.model.base)
+    _check_files(shape, source)
     recipe = resolve(recipe, cluster)
     stages = [_plan_stage(recipe, stage, shape, cluster) for stage in recipe.stages]
     plan = RecipePlan(
         recipe.name, recipe.model.base, shape, source, cluster, stages, [], not_timed(recipe)
     )
     return replace(plan, options=list_options(plan.largest.workload, cluster))
+
+
+def _check_files(shape: ModelShape, source: str) -> None:
+    """Check a base's shape with its files, if they are here: `dtrain check` looks for them."""
+    if not Path(source).is_file():
+        return  # of the table
+    try:
+        tensors = file_tensors(Path(source).parent)
+    except UserError:
+        return
+    check_stored(shape, (tensor.shape for tensor in tensors.values()), source)
 
 
 def _plan_stage(recipe: Recipe, stage: Stage, shape: ModelShape, cluster: Cluster) -> StagePlan:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 
 from dtrain.core.errors import UserError
+from dtrain.core.units import count
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,30 @@ class ModelShape:
             for x in kind.linears
         )
         return self.parameters - idle
+
+
+def check_stored(shape: ModelShape, stored: Iterable[Sequence[int]], where: str) -> None:
+    """Check that files have all values of a model; they may have more, such as image towers.
+
+    Where a config lacks a size, transformers takes that of another model.
+
+    Args:
+        stored: the shapes of the tensors in the files.
+        where: source of the config, for messages.
+
+    Raises:
+        UserError: they have fewer values.
+    """
+    values = sum(map(prod, stored))
+    if shape.parameters > values:
+        raise UserError(
+            f"describes a model of {count(shape.parameters)} parameters ({shape.layers} layers, "
+            f"hidden size {shape.hidden}, {shape.vocabulary} tokens); its files have "
+            f"{count(values)}",
+            where=where,
+            fix="weights and config.json must belong to the same model, and config.json must have "
+            "all sizes; download them again",
+        )
 
 
 def join_layers(blocks: Sequence[ModelShape]) -> ModelShape:

@@ -160,6 +160,8 @@ FAULTS: dict[str, tuple[list[str], str]] = {
     "fp8 weights": (["model.base=f8"], r"proj\.weight \(F8_E4M3 .*\) has no \S+weight_scale_inv"),
     "shard": (["model.base=shard"], r"shard model-1\.safetensors is missing"),
     "cut shard": (["model.base=cut"], r"cut/model-1\.safetensors: not a whole safetensors file"),
+    "fewer layers": (["model.base=deeper"], r"deeper/config\.json: describes .* \(3 layers"),
+    "more layers": (["model.base=flat"], r"num_hidden_layers is 1, but the files have 2 layers"),
     "routers": (adapter(router="train"), r"task\.method\.router: this model has no routers"),
     "lost tensor": (
         ["model.base=lost"], r"index\.json: model\.layers\.\S+ is in no file of the model"
@@ -182,6 +184,8 @@ def write_faulty_inputs(folder: Path) -> None:
     codes = {"model.layers.0.mlp.up_proj.weight": torch.zeros(16, 8, dtype=torch.float8_e4m3fn)}
     save_file(codes, write_model(folder / "f8") / "model-0.safetensors")
     (write_model(folder / "shard") / "model-1.safetensors").unlink()
+    write_model(folder / "deeper", num_hidden_layers=3)
+    write_model(folder / "flat", num_hidden_layers=1)
     save_file({"a": torch.zeros(1)}, write_model(folder / "lost") / "model-1.safetensors")
     cut = write_model(folder / "cut") / "model-1.safetensors"
     cut.write_bytes(cut.read_bytes()[:-4])

@@ -10,8 +10,11 @@ import subprocess
 import sys
 from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from dtrain.cli.root import app
@@ -196,6 +199,23 @@ def test_the_peak_and_the_least_say_when_they_differ() -> None:
 def test_user_errors_are_reported(arguments: list[str], message: str) -> None:
     error = invoke("plan", *arguments).exception
     assert isinstance(error, UserError) and message in str(error)
+
+
+def test_a_config_of_another_model_than_its_files_is_not_planned(tmp_path: Path) -> None:
+    config = {
+        "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "intermediate_size": 16, "vocab_size": 32,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    planned = plan_of("7b-lora", f"model.base={tmp_path}").shape.parameters  # without files
+    weights = {"a": np.zeros(planned, np.float32)}
+    save_file(weights, tmp_path / "model.safetensors")
+    assert plan_of("7b-lora", f"model.base={tmp_path}").shape.parameters == planned
+    save_file({"a": weights["a"][1:].copy()}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"config.json: describes a model of 1.\d*k parameters .*2 l"
+    ):
+        plan_of("7b-lora", f"model.base={tmp_path}")
 
 
 def test_auto_chooses_a_fast_option_that_fits() -> None:
