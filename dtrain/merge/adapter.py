@@ -224,6 +224,9 @@ class MergeableAdapter:
 
     def _check_whole(self) -> None:
         """Check that all weights that the config names have tensors; PEFT would make new ones."""
+        if self.experts and not self.config.get("target_parameters"):
+            message = f"{WEIGHTS} adapts {min(self.experts)}, and {ADAPTER_CONFIG} names no "
+            raise UserError(f"{message}target_parameters", where=self.where, fix=SAVE_AGAIN)
         lacks = []
         for name in self._base.adapted_by(self.config):
             parts = [part.name for part in self._base.expert_parts.get(name, ())]

@@ -104,6 +104,9 @@ def test_an_adapter_that_lacks_experts_is_refused(tmp_path: Path) -> None:
     half = write_expert_adapter(tmp_path / "half", 1)
     with pytest.raises(UserError, match=r"names model\.layers\.1\.mlp\.experts\.\w+, of which"):
         MergeableAdapter.open(half, tensors)
+    unnamed = write_expert_adapter(tmp_path / "unnamed", 2, target_parameters=None)
+    with pytest.raises(UserError, match=r"names no target_parameters"):
+        MergeableAdapter.open(unnamed, tensors)
     dora = write_expert_adapter(tmp_path / "dora", 2, use_dora=True)
     with pytest.raises(UserError, match=r"experts has no magnitude, .* says use_dora: true"):
         MergeableAdapter.open(dora, tensors)

@@ -38,7 +38,8 @@ def merged(tmp_path: Path, make_adapter: Callable[..., Path]) -> Path:
     """The model tiny-llama with an adapter merged into it."""
     base, out = ensure("tiny-llama"), tmp_path / "merged"
     layers = {"model.layers.0.self_attn.q_proj": (64, 64), "lm_head": (512, 64)}
-    adapter = make_adapter(tmp_path / "adapter", layers, 4, lora_alpha=0.1)
+    settings = {"lora_alpha": 0.1, "target_modules": [*layers]}
+    adapter = make_adapter(tmp_path / "adapter", layers, 4, **settings)
     job = MergeJob(base, out, source="a test")
     job.merge_adapters([adapter_input(MergeableAdapter.open(adapter, job.tensors))])
     return out
