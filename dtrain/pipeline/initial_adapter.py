@@ -113,7 +113,8 @@ def _check_settings(folder: Path, model: nn.Module) -> None:
     # Others name experts by the end of their names, dtrain each by its whole name.
     named, targets = ours.get("target_parameters") or [], theirs.get("target_parameters") or []
     if all(match_names(named, [target]) for target in targets):
-        theirs["target_parameters"] = match_names(named, targets)
+        targets = match_names(named, targets)
+    ours["target_parameters"], theirs["target_parameters"] = named or None, targets or None
     lines = [
         f"{RECIPE_KEYS.get(key, key)}: {theirs.get(key)!r} in the adapter, {ours.get(key)!r} here"
         for key in sorted((ours.keys() | theirs.keys()) - NOT_COMPARED)
