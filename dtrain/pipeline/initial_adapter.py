@@ -113,8 +113,7 @@ def _check_settings(folder: Path, model: nn.Module) -> None:
     # Others name experts by the end of their names, dtrain each by its whole name.
     named, targets = ours.get("target_parameters") or [], theirs.get("target_parameters") or []
     if all(match_names(named, [target]) for target in targets):
-        targets = match_names(named, targets)
-    ours["target_parameters"], theirs["target_parameters"] = named or None, targets or None
+        theirs["target_parameters"] = match_names(named, targets)
     lines = [
         f"{RECIPE_KEYS.get(key, key)}: {theirs.get(key)!r} in the adapter, {ours.get(key)!r} here"
         for key in sorted((ours.keys() | theirs.keys()) - NOT_COMPARED)
@@ -135,7 +134,7 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
 
 def _comparable(value: Any) -> Any:
     """Equal for an empty and a missing setting, and whatever the order of a list."""
-    return sorted(value) if isinstance(value, list) else value or None
+    return (sorted(value) if isinstance(value, list) else value) or None
 
 
 def _match_tensors(folder: Path, file: AdapterFile, model: nn.Module) -> dict[str, str]:
