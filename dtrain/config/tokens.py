@@ -46,15 +46,16 @@ class Tokens(Group):
     @classmethod
     def _check_words(cls, add: list[str] | dict[str, str]) -> list[str] | dict[str, str]:
         """Check that the words of each token are words that the base can know."""
-        for token, words in add.items() if isinstance(add, dict) else ():
+        words_of = add if isinstance(add, dict) else {}
+        for token, words in words_of.items():
             if not words.strip():
                 raise ValueError(f"{token!r} has no words to start from")
-            for other in add:
+            for other, its_words in words_of.items():
                 alone = rf"(?<!\w){re.escape(other)}(?!\w)"
-                if other not in (token, add[other]) and re.search(alone, words):
+                if other not in (token, its_words) and re.search(alone, words):
                     raise ValueError(
                         f"{token!r} cannot start from {other!r}, which is new too; write "
-                        f"the words that it starts from, {add[other]!r}"
+                        f"the words that it starts from, {its_words!r}"
                     )
         return add
 
