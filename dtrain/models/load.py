@@ -21,6 +21,7 @@ from dtrain.core.weight_files import check_complete, read_headers, warn_incomple
 from dtrain.distributed.out_of_memory import is_out_of_memory
 from dtrain.models import attention, attention_probe
 from dtrain.models.by_document import separate_states, skip_hooks_of_experts
+from dtrain.models.conversion import check_conversions
 from dtrain.models.expert_layers import check_experts, fix_routers
 from dtrain.models.finite_weights import check_finite
 from dtrain.models.kernels import varlen
@@ -43,6 +44,7 @@ from dtrain.models.quantize import (
     pack_natively,
 )
 from dtrain.models.state_dict_names import match_state_dict
+from dtrain.models.stored_tensors import ModelTensors
 from dtrain.planning import architectures
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -177,6 +179,10 @@ def _from_pretrained(
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
+        if isinstance(error, RuntimeError):  # which refers to a report, instead of a tensor
+            tensors = ModelTensors(folder)
+            names = match_state_dict(build_meta_model(config), tensors)
+            check_conversions(folder, names.conversions, tensors)
         raise UserError(
             f"cannot be loaded: {first_line(error)}",
             where=str(folder),
