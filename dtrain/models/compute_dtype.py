@@ -8,7 +8,7 @@ the merged model will, and than under DeepSpeed's engines, which use no autocast
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -49,11 +49,16 @@ def limit_autocast(
             if base_trains or any(p.requires_grad for p in module.parameters()):
                 names = [leaf for leaf, _ in module.named_parameters()]
                 dtypes = {leaf: kept.get(f"{name}.{leaf}", dtype) for leaf in names}
-                module.forward = partial(_cast, module, module.forward, kind, dtype, dtypes)
+                _wrap(module, partial(_cast, module, module.forward, kind, dtype, dtypes))
         elif module in inside and _trains_itself(module):
-            module.forward = partial(_autocast, module.forward, kind, dtype)
+            _wrap(module, partial(_autocast, module.forward, kind, dtype))
     for block in blocks:
-        block.forward = partial(_cast, block, block.forward, kind, dtype, {})
+        _wrap(block, partial(_cast, block, block.forward, kind, dtype, {}))
+
+
+def _wrap(module: nn.Module, forward: partial[Any]) -> None:
+    """Replace a module's forward by one that still shows its arguments, such as logits_to_keep."""
+    module.forward = update_wrapper(forward, module.forward)
 
 
 def kept_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dtrain.models.by_document import has_state
 from dtrain.models.compute_dtype import limit_autocast
 from dtrain.models.expert_layers import is_experts, routers
 from dtrain.models.load import load_base, silence_transformers
+from dtrain.models.loss import transformers_model
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 IDS = torch.arange(3, 43)[None]
@@ -107,8 +109,14 @@ def assert_same(found: Any, expected: Any, name: str) -> None:
     if isinstance(expected, tuple):
         for one, other in zip(found, expected, strict=True):
             assert_same(one, other, name)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), name
+        for key, other in expected.items():
+            assert_same(found[key], other, f"{name} {key}")
     elif isinstance(expected, Tensor):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=name)
+    else:
+        assert found is None or found == expected, name
 
 
 @KINDS
@@ -122,6 +130,10 @@ def test_an_adapter_that_changes_nothing_computes_what_the_base_does(
     with torch.autocast("cpu", BF16):
         found = logits(model)
     assert_same(found, logits(plain_model(folder)), kind)
+    kept: Any = model
+    assert kept(input_ids=IDS, logits_to_keep=torch.tensor([3, 5])).logits.shape[1] == 2
+    base = transformers_model(model)
+    assert signature(base.forward) == signature(type(base).forward.__get__(base))
     found.float().square().mean().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
