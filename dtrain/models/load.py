@@ -176,13 +176,13 @@ def _from_pretrained(
                 ignore_mismatched_sizes=True,  # reported in `info`; `check_complete` raises
                 **settings,
             )
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        if isinstance(error, RuntimeError):  # which refers to a report, instead of a tensor
+    except RuntimeError as error:  # of a device, or a conversion, whose report is not printed
+        if not is_out_of_memory(error):
             tensors = ModelTensors(folder)
             names = match_state_dict(build_meta_model(config), tensors)
             check_conversions(folder, names.conversions, tensors)
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise UserError(
             f"cannot be loaded: {first_line(error)}",
             where=str(folder),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from dtrain.core.errors import UserError
 from dtrain.models.decoder_layers import decoder_layers
 from dtrain.models.expert_layers import is_experts, own_experts
 from dtrain.models.meta_model import build_meta_model, experts_per_token
@@ -25,11 +26,14 @@ def training_flops_per_token(model: nn.Module) -> int | None:
     Call it before an engine shards the model.
 
     Returns:
-        None if code of the model's own chooses among experts.
+        None if code of the model's own chooses among experts, or how many is not known.
     """
     if own_experts(model):
         return None
-    elements, shares = parameter_elements(model), _expert_shares(model)
+    try:
+        elements, shares = parameter_elements(model), _expert_shares(model)
+    except UserError:  # a forward pass on the meta device needs values
+        return None
     layers = decoder_layers(model)
     level = {p: i for i, layer in enumerate(layers) for p in layer.parameters()}
     outer = [p for p in model.parameters() if p.requires_grad and p not in level]
