@@ -17,7 +17,16 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def available_cores() -> int:
-    """The smallest of the affinity mask, the cgroups' quotas and Slurm's allocation; at least 1."""
+    """The smallest of the affinity mask, the cgroups' quotas and a Slurm task's; at least 1."""
+    return _least_cores("SLURM_CPUS_PER_TASK")
+
+
+def job_cores() -> int:
+    """As `available_cores`, of all tasks of a Slurm job on this machine: for what starts ranks."""
+    return _least_cores("SLURM_CPUS_ON_NODE")
+
+
+def _least_cores(slurm_variable: str) -> int:
     limits = [len(os.sched_getaffinity(0))]
     for group in _cgroups("cpu"):
         with suppress(OSError, ValueError):
@@ -28,7 +37,7 @@ def available_cores() -> int:
             if microseconds > 0:
                 limits.append(microseconds // _number(group / "cpu.cfs_period_us"))
     with suppress(KeyError, ValueError):
-        limits.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
+        limits.append(int(os.environ[slurm_variable]))
     return max(1, min(limits))
 
 

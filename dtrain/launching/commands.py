@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from dtrain.config.schema import Recipe
 from dtrain.core.cache_paths import compile_folder, user_path
 from dtrain.core.errors import UserError
-from dtrain.core.hardware import available_cores
+from dtrain.core.hardware import job_cores
 from dtrain.core.run_dir import RunDir
 from dtrain.launching.container import python_command, srun_options
 
@@ -73,7 +73,7 @@ def worker_environment(environ: Mapping[str, str], processes: int, has_gpu: bool
         UserError: there is no folder for what is compiled.
     """
     compiled = compile_folder()
-    cores_of_a_rank = max(1, available_cores() // processes)
+    cores_of_a_rank = max(1, job_cores() // processes)
     defaults = {
         "OMP_NUM_THREADS": str(cores_of_a_rank),
         "TORCHINDUCTOR_COMPILE_THREADS": str(min(MAX_COMPILE_THREADS, cores_of_a_rank)),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import UserError
-from dtrain.core.hardware import available_cores, gpus
+from dtrain.core.hardware import gpus, job_cores
 from dtrain.core.ownership import open_in_place
 from dtrain.core.processes import die_with_parent
 from dtrain.launching.commands import launcher_environment
@@ -124,4 +124,4 @@ def _slots(base: Recipe, at_once: int) -> list[dict[str, str]]:
 
 
 def _threads(processes: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(max(1, available_cores() // processes))}
+    return {"OMP_NUM_THREADS": str(max(1, job_cores() // processes))}

@@ -207,7 +207,7 @@ def test_threads_share_the_cores_of_a_container(
     (tmp_path / "cpu.max").write_text("400000 100000\n")
     monkeypatch.setattr(hardware, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
     for ranks, threads in ((1, "4"), (2, "2"), (8, "1")):
         assert worker_environment({}, ranks, has_gpu=False)["OMP_NUM_THREADS"] == threads
 

@@ -267,6 +267,9 @@ def test_cores_are_bounded_by_slurm_and_the_control_group(tmp_path, monkeypatch)
     assert hardware.available_cores() == 4
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
     assert hardware.available_cores() == 3
+    (tmp_path / "cpu.max").unlink()
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "12")  # four such tasks
+    assert (hardware.available_cores(), hardware.job_cores()) == (3, 12)
 
 
 def test_page_cache_counts_as_free_memory(tmp_path, monkeypatch) -> None:
