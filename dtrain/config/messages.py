@@ -13,7 +13,7 @@ from dtrain.config.schema_paths import groups_at, key_owners, kinds_with, path_o
 from dtrain.config.yaml_document import Key, YamlDocument, dotted
 from dtrain.core.errors import UserError, nearest_name
 
-_LONGEST_VALUE = 60
+_MAX_VALUE = 60
 _KEY_ITSELF = "[key]"  # the last step of pydantic's `loc` for a key of a dict
 
 _EXPECTED = {
@@ -218,7 +218,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+    return text if len(text) <= _MAX_VALUE else f"{text[:_MAX_VALUE]}…"
 
 
 def _meaning(key: Key, values: Any) -> str:

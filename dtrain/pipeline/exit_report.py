@@ -22,6 +22,8 @@ from dtrain.monitoring.starts import record_end, start_id
 
 OUTCOMES = {Exit.FINISHED: "finished", Exit.INTERRUPTED: "interrupted"}
 WAIT_SECONDS = 10.0  # the first rank closes its callbacks before it writes its report
+# torchrun stops a rank that hangs ten seconds after another one died.
+WAITS = {Exit.CRASHED: 0.0, Exit.HANG: 2.0}
 POLL_SECONDS = 0.05
 WRITE_TRIES = 5
 
@@ -72,10 +74,9 @@ class ExitReport:
         cannot_tell = self._run is None or self.moved_folder() is not None
         if cannot_tell and os.environ.get("LOCAL_RANK", "0") != "0":
             return int(status)  # each machine prints it once
-        has_crashed = status == Exit.CRASHED
         with self._lock:
-            if has_crashed or not is_first_rank():
-                first = self._await_failure(0 if has_crashed else WAIT_SECONDS)
+            if status == Exit.CRASHED or not is_first_rank():
+                first = self._await_failure(WAITS.get(status, WAIT_SECONDS))
                 if first is not None:
                     return first
             self._write(status, (reason or text).removeprefix("error: "))

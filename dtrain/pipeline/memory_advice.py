@@ -33,7 +33,8 @@ def out_of_memory_text(error: BaseException, recipe: Recipe) -> str:
         lines.append(f"    now: {memory_usage()}")
     if (limit := address_limit()) is not None:
         lines.append(f"    ulimit -v lets a process reserve {size(limit)}")
-    with suppress(UserError, RuntimeError):  # UserError: the plan does not know the architecture
+    # UserError: the plan does not know the architecture.
+    with suppress(UserError, RuntimeError, MemoryError):
         stage, changes = plan_reductions(recipe)
         lines.append(f"    plan, stage {stage.name}: {format_terms(stage)}")
         fix = "; or ".join(changes) or GENERAL_ADVICE

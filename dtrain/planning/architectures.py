@@ -116,6 +116,7 @@ MAX_EXPERTS = 2**16
 # transformers 5 saves some configs under another name than their own.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 ACTIVE_EXPERTS = "num_experts_per_tok"
+MAY_BE_DENSE = ("qwen2_moe", "qwen3_moe")  # with 0 experts
 LIMITS = {"num_hidden_layers": MAX_LAYERS} | dict.fromkeys(EXPERT_COUNTS, MAX_EXPERTS)
 LAYER_COUNT = re.compile(
     r"n_layer|num_layer|layers|(n|num)_(\w+_)?layers|\w+_num_layers|(\w+_)?(en|de)coder_layers"
@@ -129,7 +130,10 @@ def _check_sizes(config: dict[str, Any], where: str) -> None:
     """
     defaults = DEFAULTS.get(config["model_type"], {})
     has_experts = ACTIVE_EXPERTS in defaults
-    expert_keys = (*EXPERT_COUNTS, ACTIVE_EXPERTS, "moe_intermediate_size") if has_experts else ()
+    count = next((key for key in EXPERT_COUNTS if key in config), EXPERT_COUNTS[0])
+    if config.get(count) == 0 and config["model_type"] in MAY_BE_DENSE:
+        has_experts = False
+    expert_keys = (count, ACTIVE_EXPERTS, "moe_intermediate_size") if has_experts else ()
     for key in (*SIZES, *expert_keys):
         value, limit = config.get(key), LIMITS.get(key, MAX_SIZE)
         if value is None and (key in SIZES or key not in config):
@@ -309,7 +313,8 @@ def _experts(config: dict[str, Any]) -> int:
 def _dense_layers(config: dict[str, Any]) -> Callable[[int], bool]:
     """The layers without experts, as Qwen's configs say."""
     step, dense = int(config.get("decoder_sparse_step", 1)), config.get("mlp_only_layers") or ()
-    return lambda n: n in dense or (n + 1) % step > 0
+    is_dense = not _experts(config)
+    return lambda n: is_dense or n in dense or (n + 1) % step > 0
 
 
 def _qwen3_moe(kind: str, config: dict[str, Any]) -> ModelShape:

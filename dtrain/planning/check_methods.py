@@ -102,7 +102,12 @@ def check_adapter(adapter: AdapterSettings, shape: ModelShape) -> tuple[LinearSh
     adapter.check_layers(layers)
     ends = adapter.whole_modules
     select_modules(shape, ends, trains_router=adapter.trains_router)
-    if shape.tied and len(_ending(("model.embed_tokens", "lm_head"), ends)) == 1:
+    has_known_names = not shape.outer  # of other architectures the run asks the model
+    if (
+        shape.tied
+        and has_known_names
+        and len(_ending(("model.embed_tokens", "lm_head"), ends)) == 1
+    ):
         raise UserError(
             "model.embed_tokens and lm_head are one matrix (tied embeddings)",
             where="method.modules_to_save",

@@ -25,7 +25,7 @@ BUDGET_FACTOR, BUDGET_BYTES = 1.20, 2.5e9
 
 STAGE_GROUPS = ("train.", "method.", "method=", "data.")  # beginnings of keys that each stage has
 MIN_RANK = 4  # no advice to train with less
-MOST_SUGGESTIONS = 3
+MAX_SUGGESTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def suggest_changes(workload: Workload, cluster: Cluster) -> list[Suggestion]:
         combined = _combine(changes, workload, cluster)
         if combined and combined.fits:
             found.append((set(changes), combined))
-            if len(found) == MOST_SUGGESTIONS:
+            if len(found) == MAX_SUGGESTIONS:
                 break
     return [combined for _, combined in found]
 
@@ -105,7 +105,7 @@ def suggest_reductions(workload: Workload, cluster: Cluster) -> list[Suggestion]
     """The cheapest changes that need less memory, whether or not the result fits."""
     now = _gpu_share(workload, cluster)
     changed = [x for change in CHANGES if (x := change(workload, cluster))]
-    return [x for x in changed if _gpu_share(x.workload, x.cluster) < now][:MOST_SUGGESTIONS]
+    return [x for x in changed if _gpu_share(x.workload, x.cluster) < now][:MAX_SUGGESTIONS]
 
 
 def _combinations_by_price() -> list[tuple[Change, ...]]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
 from dtrain.config.schema import Recipe, Stage
 from dtrain.core.coded_tensors import file_tensors
 from dtrain.core.errors import UserError
+from dtrain.planning.architectures import check_not_quantized, read_config
 from dtrain.planning.build_workload import build_workload
 from dtrain.planning.calibration import Correction, find_correction
 from dtrain.planning.choose import PlanOption, list_options, resolve
@@ -162,13 +163,18 @@ def make_plan(recipe: Recipe, cluster: Cluster) -> RecipePlan:
 
 def _check_files(shape: ModelShape, source: str) -> None:
     """Check a base's shape with its files, if they are here: `dtrain check` looks for them."""
-    if not Path(source).is_file():
-        return  # of the table
-    try:
-        tensors = file_tensors(Path(source).parent)
-    except UserError:
-        return
-    check_stored(shape, (tensor.shape for tensor in tensors.values()), source)
+    path = Path(source)
+    if path.is_file() and (shapes := _stored_shapes(path, path.parent.stat().st_mtime_ns)):
+        check_stored(shape, shapes, source)
+
+
+@lru_cache
+def _stored_shapes(config: Path, changed_ns: int) -> list[list[int]]:
+    """The shapes in a model's files; empty if they are not read, such as those of 4-bit weights."""
+    with suppress(UserError):
+        check_not_quantized(read_config(config), str(config))
+        return [tensor.shape for tensor in file_tensors(config.parent).values()]
+    return []
 
 
 def _plan_stage(recipe: Recipe, stage: Stage, shape: ModelShape, cluster: Cluster) -> StagePlan:

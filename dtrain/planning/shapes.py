@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
+from dtrain.config.methods.patterns import match_names
 from dtrain.core.errors import UserError
 from dtrain.core.units import count
 
@@ -300,7 +301,7 @@ def select_linears(
                 where="method.target_modules",
                 fix="leave it out; method.router=train trains it whole",
             )
-        if not any(_matches(linear.name, target) for linear in known):
+        if not any(_is_named(shape, linear, [target]) for linear in known):
             raise _unknown_target(shape, target, known)
     return matching_linears(shape, target_modules, experts=experts)
 
@@ -321,11 +322,14 @@ def _unknown_target(shape: ModelShape, target: str, known: Sequence[LinearShape]
 def matching_linears(
     shape: ModelShape, target_modules: str | Sequence[str], *, experts: bool = False
 ) -> tuple[LinearShape, ...]:
-    """As `select_linears`, but a name may match nothing, as in one kind of decoder layer."""
+    """As `select_linears`, but a name may match nothing, as in one kind of decoder layer.
+
+    A linear layer that is named in one decoder layer counts in all that have it.
+    """
     known = _adaptable(shape, experts=experts)
     if isinstance(target_modules, str):
         return tuple(x for x in known if x.name != "lm_head")
-    return tuple(x for x in known if any(_matches(x.name, target) for target in target_modules))
+    return tuple(x for x in known if _is_named(shape, x, target_modules))
 
 
 def _adaptable(shape: ModelShape, *, experts: bool) -> list[LinearShape]:
@@ -340,6 +344,12 @@ def layer_names(shape: ModelShape, linear: LinearShape) -> list[str]:
         return [linear.name]
     numbers = linear.layers or range(shape.layers)
     return [f"{shape.prefix}.{number}.{linear.name}" for number in numbers]
+
+
+def _is_named(shape: ModelShape, linear: LinearShape, targets: Sequence[str]) -> bool:
+    """Whether a target names a linear layer, in each decoder layer or in one of them."""
+    names = [linear.name, *layer_names(shape, linear)]
+    return bool(match_names(names, targets))
 
 
 def _matches(name: str, target: str) -> bool:

@@ -41,6 +41,14 @@ def test_error_without_a_message_is_reported_by_its_type() -> None:
     assert text.startswith("out of memory: MemoryError\n")
 
 
+def test_a_cause_that_another_error_wraps_is_named() -> None:
+    later = ValueError("the batch cannot be computed")
+    later.__cause__ = MemoryError("no more")
+    assert out_of_memory_text(later, load_recipe("7b-lora", [])).startswith(
+        "out of memory: no more"
+    )
+
+
 def test_run_exits_with_the_out_of_memory_status(tmp_path, monkeypatch, capsys) -> None:
     error = allocator_error()
 

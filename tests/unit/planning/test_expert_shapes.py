@@ -242,3 +242,21 @@ def test_right_sizes_of_experts_are_read(tmp_path: Path) -> None:
         saved = AutoConfig.for_model(**config).to_dict()
         (tmp_path / "config.json").write_text(json.dumps(saved, default=str))
         read_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", ["some layers without experts", "experts for all tokens"])
+def test_a_mixture_of_no_experts_is_a_dense_model(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name] | {"num_experts": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = shape_of(read_config(tmp_path / "config.json"), name)
+    assert not shape.experts
+    assert shape.parameters == sum(p.numel() for p in model_of(config).parameters())
+
+
+def test_a_layer_of_a_mixture_is_named_by_its_whole_name() -> None:
+    shape = shape_of(CONFIGS["some layers without experts"], "here")
+    whole = ["model.layers.1.self_attn.q_proj", "layers.2.self_attn.q_proj"]
+    (named,) = check_adapter(Lora(kind="lora", r=8, target_modules=whole), shape)
+    assert named.name == "self_attn.q_proj"
+    with pytest.raises(UserError, match=r"no linear layer is named 'model.layers.9.self_attn"):
+        check_adapter(Lora(kind="lora", target_modules=["model.layers.9.self_attn.q_proj"]), shape)

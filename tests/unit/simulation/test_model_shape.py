@@ -23,6 +23,7 @@ from dtrain.models.meta_model import linear_layers
 from dtrain.models.sharded_loading import stream_base
 from dtrain.planning.activations import saved_bytes
 from dtrain.planning.architectures import shape_of
+from dtrain.planning.check_methods import check_adapter
 from dtrain.planning.engine_models import build_engine_model
 from dtrain.planning.known_models import find_shape
 from dtrain.planning.parameters import outer_parameters
@@ -150,6 +151,12 @@ def test_modules_that_train_whole_are_the_models_own(name: str, ends: list[str])
     engine = build_engine_model(job)
     layers = sum(n * sum(x.elements for x in layer if x.trains) for n, layer in engine.kinds)
     assert layers + sum(x.elements for x in engine.outer if x.trains) == job.trainable
+
+
+def test_tied_matrices_of_any_name_can_train_as_one() -> None:
+    """The plan knows the names of some; the run asks the model."""
+    method = Lora(kind="lora", r=8, modules_to_save=["wte", "lm_head"])
+    assert check_adapter(method, described(TRANSPOSED))
 
 
 def test_a_name_that_no_module_has_is_refused_with_the_models_own() -> None:
