@@ -7,7 +7,7 @@ writes both, and `tie_word_embeddings: false`, so that every loader computes wit
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from dtrain.core.lazy_import import LazyModule
 from dtrain.core.log import warn
 from dtrain.core.weight_files import check_complete, warn_incomplete
 from dtrain.models.stored_tensors import FLOAT_DTYPES, ModelTensors
+from dtrain.planning.architectures import check_not_quantized
 
 # A second to import, and few merges need them.
 models: Any = LazyModule("dtrain.models.meta_model")
@@ -185,27 +186,54 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
     def check_complete(self) -> None:
         """Check that the files have the whole language model that config.json describes.
 
-        Warns if they lack what is outside of it, such as image towers or a processor's files.
-        Nothing is checked if the model cannot be built.
+        Warns if they lack an output head, or if what is outside of it, such as image towers or a
+        processor's files, is not whole: training does not load it. Nothing is checked if the
+        model cannot be built, or if the config says that it is quantized in another format.
 
         Raises:
-            UserError: they lack a tensor, or have one of another shape.
+            UserError: they lack a tensor, or have one of another shape. It is a warning if the
+                model has code of its own, which may store others than transformers' class.
         """
-        if (matched := self._matched) is None:
+        raw = read_object(self.folder / "config.json") if self._matched else {}
+        if (matched := self._matched) is None or not _is_read(raw):
             return
-        entries = self._model.state_dict()
-        stored = ((x, entries[entry].shape) for entry, x in matched.stored.items())
-        reshaped = {name for name, shape in stored if self[name][1] != list(shape)}
-        inside = {name for name in matched.missing if name.startswith(self._decoder)}
-        check_complete(self.folder, inside, (), reshaped)
-        conversion.check_conversions(self.folder, matched.conversions, self.files)
-        warn_incomplete(self.folder, {*matched.missing} - inside)
+        entries, output = self._model.state_dict(), self._model.get_output_embeddings()
+        modules = self._model.named_modules()
+        heads = {f"{n}.{leaf}" for n, m in modules if m is output for leaf in m.state_dict()}
+        decoder = {entry for entry in entries if entry.startswith(self._decoder)}
+        lost = (heads - decoder).intersection(matched.missing)
+        try:
+            self._check_fit(matched.among((decoder | heads) - lost))
+        except UserError as error:
+            if not raw.get("auto_map"):
+                raise
+            warn(f"{self.folder}: only the model's own code may read it: {error.message}")
+            return
+        if lost:
+            warn(
+                f"{self.folder}: has no output head ({', '.join(sorted(lost))}). A model merged "
+                "from these files cannot generate text"
+            )
+        others = matched.among(entries.keys() - decoder - heads)
+        warn_incomplete(self.folder, others.missing)
+        try:
+            self._check_fit(replace(others, missing=[]))
+        except UserError as error:
+            warn(f"{self.folder}: outside the language model, {error.message}")
         is_multimodal = models.auto_class(self._model.config) is models.AutoModelForMultimodalLM
         if is_multimodal and not any(self.folder.glob("*processor_config.json")):
             warn(
                 f"{self.folder}: no processor_config.json or preprocessor_config.json in it, "
                 "without which the model reads text alone; download them into it"
             )
+
+    def _check_fit(self, names: Any) -> None:
+        """Check that the files have these entries of the model, in its shapes."""
+        entries = self._model.state_dict()
+        stored = ((x, entries[entry].shape) for entry, x in names.stored.items())
+        reshaped = {name for name, shape in stored if self[name][1] != list(shape)}
+        check_complete(self.folder, names.missing, (), reshaped)
+        conversion.check_conversions(self.folder, names.conversions, self.files)
 
     @cached_property
     def _decoder(self) -> str:
@@ -287,6 +315,15 @@ class BaseTensors(dict[str, tuple[str, list[int]]]):
 def is_outside_layers(name: str) -> bool:
     """Return whether a tensor is in none of the numbered layers, as embedding and head are."""
     return not any(segment.isdigit() for segment in name.split("."))
+
+
+def _is_read(config: dict[str, Any]) -> bool:
+    """Whether a config describes plain weights, or a format of codes that is read."""
+    try:
+        check_not_quantized(config, "")
+    except UserError:
+        return False
+    return True
 
 
 def untied_config(folder: Path) -> dict[str, Any]:

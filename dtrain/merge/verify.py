@@ -49,7 +49,8 @@ class VerifyReport:
 def verify_model(folder: Path) -> VerifyReport:
     """Hash every file that the manifest lists, and check every value, in one pass.
 
-    A folder without merge.json (an original base, an adapter) is checked for its values only.
+    A folder without merge.json (an original base, an adapter) has no hashes to compare with. Of a
+    model, also that its tensors are those of its config.json, as `BaseTensors.check_complete`.
 
     Raises:
         UserError: there are no weights, a file is not a complete safetensors file, or an older

@@ -135,4 +135,52 @@ def test_a_base_without_a_head_is_reported_not_refused(
     base = write_mixture(tmp_path, "qwen3_moe")
     change_tensors(base, drop("lm_head"))
     BaseTensors(base).check_complete()
-    assert "such as lm_head.weight" in capsys.readouterr().out
+    assert "has no output head (lm_head.weight)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_odd_image_tower_is_reported_not_refused(
+    tmp_path: Path, save_small: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training does not load it, so the merge after it must not fail for it."""
+    save_small("gemma3", tmp_path)
+
+    def flatten(tensors: dict[str, Tensor]) -> None:
+        name = next(n for n in sorted(tensors) if "vision" in n and tensors[n].dim() > 1)
+        tensors[name] = tensors[name].flatten()
+
+    change_tensors(tmp_path, flatten)
+    BaseTensors(tmp_path).check_complete()
+    output = " ".join(capsys.readouterr().out.split())
+    assert "outside the language model, 1 tensors are of another shape: " in output
+
+
+@pytest.mark.parametrize("change", [drop("mlp.gate."), drop("layers.1.self_attn"), drop("lm_head")])
+def test_a_base_with_code_of_its_own_is_reported_not_refused(
+    change: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files may hold what that code reads, instead of what transformers' class does."""
+    base = write_mixture(tmp_path, "qwen3_moe")
+    change_tensors(base, change)
+    path = base / "config.json"
+    own_code = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own_code))
+    merge(base, write_expert_adapter(tmp_path / "adapter", 2))
+    output = " ".join(capsys.readouterr().out.split())
+    assert re.search("own code may read it|no output head", output)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
+def test_a_base_in_another_format_is_verified_for_its_values(method: str, tmp_path: Path) -> None:
+    base = write_mixture(tmp_path, "qwen3_moe")
+
+    def quantize(tensors: dict[str, Tensor]) -> None:
+        for name in [n for n in tensors if "self_attn" in n and n.endswith("proj.weight")]:
+            codes = tensors.pop(name).view(torch.uint8).view(-1, 1)
+            tensors[name if method == "bitsandbytes" else f"{name[:-7]}.qweight"] = codes
+
+    change_tensors(base, quantize)
+    path = base / "config.json"
+    assert verify_model(base).problems
+    settings = {"quantization_config": {"quant_method": method}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    assert verify_model(base).problems == []
