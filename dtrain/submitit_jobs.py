@@ -23,6 +23,7 @@ import submitit
 from dtrain.config.load import dump, load_recipe
 from dtrain.config.schema import Recipe
 from dtrain.core.errors import Exit, UserError
+from dtrain.core.files import write_atomic
 from dtrain.core.ownership import keep_private, make_private_folder
 from dtrain.core.run_dir import RunDir
 from dtrain.launching.commands import ranks_per_node, run_dir_of, torchrun_command, with_run_dir
@@ -84,7 +85,7 @@ class Training:
             # It interrupts `Popen.wait`, whose lock a second wait in here would never get.
             asked.append((number, frame))
             with suppress(OSError):
-                run.stop.touch()  # for ranks that do not listen yet
+                write_atomic(run.stop, "")  # for ranks that do not listen yet
             if process is not None:
                 process.send_signal(signal.SIGUSR1)
 

@@ -56,7 +56,7 @@ def test_what_two_tokenizers_differ_in_is_named() -> None:
     assert "'b' is a special token" in tokenizer_difference(first, with_special)
 
 
-@pytest.mark.parametrize("wrong", [{"hidden_size": "32"}, {"num_hidden_layers": None}])
+@pytest.mark.parametrize("wrong", [{"max_position_embeddings": "32"}, {"num_hidden_layers": None}])
 def test_a_broken_config_is_not_called_a_tokenizers_fault(
     wrong: dict[str, object], tmp_path: Path
 ) -> None:
