@@ -82,12 +82,14 @@ def file_tensors(folder: Path) -> dict[str, FileTensor]:
         for name, entry in entries.items()
     }
     made = dict[str, FileTensor]()
+    # Other formats of F8 name scales otherwise; what loads a model refuses those.
+    has_pairs = any(name.endswith(SCALE_INV) for name in tensors)
     for name, tensor in tensors.items():
         if name.endswith(BLOCKS) and (scales := name.removesuffix(BLOCKS) + SCALES) in tensors:
             made[name.removesuffix(BLOCKS)] = _mxfp4(name, scales, tensors)
         elif tensor.dtype == FP8 and (scales := name + SCALE_INV) in tensors:
             made[name] = _fp8(name, scales, tensors, folder)
-        elif (other := _other_half(name, tensor.dtype)) and other not in tensors:
+        elif (other := _other_half(name, tensor.dtype, has_pairs)) and other not in tensors:
             raise UserError(
                 f"{name} ({tensor.dtype} {tensor.shape}) has no {other}",
                 where=str(tensor.path),
@@ -113,9 +115,13 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _other_half(name: str, dtype: str) -> str:
-    """The tensor without which codes or scales have no values; empty for other tensors."""
-    if dtype == FP8:
+def _other_half(name: str, dtype: str, has_pairs: bool) -> str:
+    """The tensor without which codes or scales have no values; empty for other tensors.
+
+    Args:
+        has_pairs: the files have scales of fp8 that are named as here.
+    """
+    if dtype == FP8 and has_pairs:
         return name + SCALE_INV
     if name.endswith(SCALE_INV):
         return name.removesuffix(SCALE_INV)

@@ -318,7 +318,9 @@ def test_fp8_of_odd_shapes_is_refused(shape: list[int], grid: list[int], tmp_pat
 def test_codes_without_scales_and_scales_without_codes_are_refused(
     name: str, dtype: torch.dtype, other: str, tmp_path: Path
 ) -> None:
-    folder = write_fp8(tmp_path / "base", {name: torch.zeros(2, 2).to(dtype)})
+    tensors = {"m.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)}
+    tensors |= {"m.weight_scale_inv": torch.ones(()), name: torch.zeros(2, 2).to(dtype)}
+    folder = write_fp8(tmp_path / "base", tensors)
     (folder / "tokenizer.json").write_text("{}")
     for read in (open_model, ModelTensors, verify_model):
         with pytest.raises(UserError, match=rf"{name} .* has no {other}\n.*download") as caught:
@@ -326,12 +328,29 @@ def test_codes_without_scales_and_scales_without_codes_are_refused(
         assert caught.value.where == str(folder / "model.safetensors")
 
 
-def test_a_float_of_eight_bits_is_refused_whatever_its_name(tmp_path: Path) -> None:
-    tensors = {"experts.down_proj": torch.zeros(2, 2).to(torch.float8_e5m2)}
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn])
+def test_a_float_of_eight_bits_is_refused_whatever_its_name(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tensors = {"experts.down_proj": torch.zeros(2, 2).to(dtype)}
     folder = write_fp8(tmp_path / "base", tensors)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"experts\.down_proj is stored as F8_E5M2"):
+    with pytest.raises(UserError, match=r"experts\.down_proj is stored as F8_E[45]M[23], so"):
         open_model(folder)
+
+
+@pytest.mark.parametrize("scales", ["m.weight_scale", "m.scale", "m.weight_scale_2"])
+def test_fp8_with_scales_of_other_names_is_verified_and_compared_as_it_is(
+    scales: str, tmp_path: Path
+) -> None:
+    """Such as compressed-tensors and modelopt write: some scales are in 8 bits themselves."""
+    tensors = {x: torch.ones(2, 2).to(torch.float8_e4m3fn) for x in ("m.weight", scales)}
+    old = write_fp8(tmp_path / "old", tensors)
+    new = write_fp8(tmp_path / "new", {**tensors, "m.weight": tensors["m.weight"].flatten()})
+    assert ModelTensors(old).keys() == tensors.keys() and not ModelTensors(old).formats
+    assert verify_model(old).problems == []
+    assert not diff_models(old, old).changes and not diff_models(old, old).incomparable
+    assert any("m.weight" in str(x) for x in diff_models(old, new).incomparable)
 
 
 def test_fp8_experts_with_a_scale_each_are_read(tmp_path: Path) -> None:
