@@ -17,7 +17,7 @@ SECRET_NAME = re.compile(
     r"|^(?:key|sig|sas|pass|code)$"
 )
 USER_INFO = re.compile(r"//[^/@:\s]*:[^/@\s]*@")
-LOCAL_PATHS = ("/", "~", "..", "file:", "local:")
+LOCAL_PATH = re.compile(r"/|~[\w.-]*/|\.\./|file:|local:")  # not a pattern such as ..(up|down)_proj
 CONTAINER_SCHEMES = ("abfs", "abfss", "wasb", "wasbs", "adl")  # container@account.host/path
 FIX = (
     "pass credentials in the environment of the store's client (AWS_PROFILE, OPENAI_API_KEY, …); "
@@ -64,7 +64,7 @@ def without_folders(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     parts = value.split("::")
-    return "::".join(Path(p).name if p.startswith(LOCAL_PATHS) else p for p in parts)
+    return "::".join(Path(p).name if LOCAL_PATH.match(p) else p for p in parts)
 
 
 def _is_secret(word: str, alone: bool) -> bool:

@@ -63,7 +63,7 @@ class Nf4Base:
         for layer in sorted(nf4_layers(model)):
             self._add(base, layer, base.stored_name(f"{layer}.weight"))
         # Experts that no text reaches are packed too, but not computed with: they stay as they are.
-        for parameter in expert_parameters(model).keys() - unused_parameters(model):
+        for parameter in sorted(expert_parameters(model).keys() - unused_parameters(model)):
             parts = base.expert_parts.get(parameter)
             stored = [part.name for part in parts] if parts else [base.stored_name(parameter)]
             for name in stored:

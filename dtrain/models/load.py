@@ -206,6 +206,23 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     """
     raw = architectures.read_config(folder / "config.json")
     architectures.check_not_quantized(raw, str(folder / "config.json"))
+    config = parse_config(folder, raw, trust_remote_code)
+    read_generation(folder)  # transformers takes any types in it
+    config.__dict__.pop("quantization_config", None)  # the values of its codes are loaded
+    _check_trainable(folder, config, has_code=needs_own_code(raw))
+    check_experts(build_meta_model(config, trust_remote_code), str(folder / "config.json"))
+    return config
+
+
+def parse_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> PretrainedConfig:
+    """A config of any model that transformers knows, or that has code of its own.
+
+    Args:
+        raw: from `architectures.read_config`.
+
+    Raises:
+        UserError: it is broken, needs code that is not allowed, or is unknown to transformers.
+    """
     kind, needs_code = raw.get("model_type"), needs_own_code(raw)
     if needs_code and not trust_remote_code:
         raise UserError(
@@ -221,10 +238,6 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         )
     except Exception as error:  # architectures check their configs in many ways
         raise UserError(first_line(error), where=str(folder / "config.json")) from error
-    read_generation(folder)  # transformers takes any types in it
-    config.__dict__.pop("quantization_config", None)  # the values of its codes are loaded
-    _check_trainable(folder, config, has_code=needs_code)
-    check_experts(build_meta_model(config, trust_remote_code), str(folder / "config.json"))
     return config
 
 

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from dtrain.core.errors import UserError, first_line
 from dtrain.core.hashes import fingerprint
 from dtrain.core.lazy_import import LazyModule
-from dtrain.core.weight_files import processor_template
+from dtrain.core.weight_files import has_tokenizer, processor_template
+from dtrain.planning.architectures import read_config
 
 # Seconds to import, and only a tokenizer that cannot be loaded needs it.
 load: Any = LazyModule("dtrain.models.load")
@@ -24,14 +25,17 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         UserError: it is missing or broken, or needs code that the recipe does not allow; or the
             model's config is broken, which transformers reads to choose the tokenizer.
     """
+    fix = "put the tokenizer's files into the model's folder"
+    if not has_tokenizer(folder):  # transformers makes one without words for some models
+        message = "the tokenizer cannot be loaded: there is no file of one, such as tokenizer.json"
+        raise UserError(message, where=str(folder), fix=fix)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # tokenizers also raises plain Exception
-        if (folder / "config.json").is_file():
-            load.read_config(folder, trust_remote_code=trust_remote_code)
-        fix = "put the tokenizer's files into the model's folder"
+        if (path := folder / "config.json").is_file():
+            load.parse_config(folder, read_config(path), trust_remote_code)
         if "trust_remote_code" in str(error):
             fix = "read that code, then set model.trust_remote_code: true"
         raise UserError(

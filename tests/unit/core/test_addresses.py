@@ -86,5 +86,10 @@ def test_a_published_record_names_no_folder_of_this_machine(path: str) -> None:
 
 
 def test_other_settings_are_published_as_they_are() -> None:
-    settings = {"path": "data/rows.jsonl", "base": "team/model", "rank": 8, "modules": [".*proj"]}
+    settings = {
+        "path": "data/rows.jsonl",
+        "base": "team/model",
+        "rank": 8,
+        "modules": [".*proj", "..(a/b)", "~(a/b)"],
+    }
     assert without_folders([settings, PLAIN]) == [settings, PLAIN]

@@ -44,6 +44,26 @@ def test_missing_tokenizer_is_reported(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+UNTRAINABLE = {"model_type": "bert", "quantization_config": {"quant_method": "gptq"}}
+
+
+@pytest.mark.parametrize("config", [UNTRAINABLE, {"model_type": "qwen3", "hidden_size": "x"}])
+def test_a_missing_tokenizer_is_not_called_a_configs_fault(
+    config: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="there is no file of one, such as tokenizer") as error:
+        load_tokenizer(tmp_path)
+    assert error.value.where == str(tmp_path)
+
+
+def test_a_broken_tokenizer_is_not_called_a_configs_fault(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(UNTRAINABLE))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
 def test_what_two_tokenizers_differ_in_is_named() -> None:
     first = tokenizer()
     assert tokenizer_difference(first, tokenizer(template="{{ messages }}")) == ""
