@@ -154,6 +154,19 @@ def test_an_odd_image_tower_is_reported_not_refused(
     assert "outside the language model, 1 tensors are of another shape: " in output
 
 
+def test_odd_experts_outside_the_language_model_are_reported_not_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_mixture(tmp_path, "qwen3_moe")
+    odd = "model.layers.1.mlp.experts.3.up_proj.weight"
+    change_tensors(base, lambda tensors: tensors.update({odd: torch.ones(4, 32)}))
+    tensors = BaseTensors(base)
+    tensors.__dict__["_decoder"] = "model.layers.0."  # as if the other layer were of a tower
+    tensors.check_complete()
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"outside the language model, {odd} is [4, 32] in the files" in output
+
+
 @pytest.mark.parametrize("change", [drop("mlp.gate."), drop("layers.1.self_attn"), drop("lm_head")])
 def test_a_base_with_code_of_its_own_is_reported_not_refused(
     change: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
