@@ -346,15 +346,13 @@ class MergeableAdapter:
         is_embedding = "lora_embedding_" in keys["a"]
         transposed = is_embedding or self._is_transposed(a, b, shape)
         layer = layer_from_config(self.config, module, keys, a[0] if a else 0)
-        where = self.where
         if len(a) < 2 or len(a) != len(b) or a[0] != b[1] or layer.r not in (None, a[0]):
-            raise UserError(
-                f"ranks of {name} disagree: {ADAPTER_CONFIG} says {layer.r}, A is {a}, B is {b}",
-                where=where,
-            )
+            says = f"{ADAPTER_CONFIG} says {layer.r}, A is {a}, B is {b}"
+            raise UserError(f"ranks of {name} disagree: {says}", where=self.where)
         product = [a[1], b[0]] if transposed else [b[0], a[1], *a[2:]]
         if product != shape or (len(shape) > 2 and len(shape) not in CONVOLUTIONS):
-            raise UserError(f"{name} is {shape} in the base, {product} in the adapter", where=where)
+            message = f"{name} is {shape} in the base, {product} in the adapter"
+            raise UserError(message, where=self.where)
         return replace(layer, transposed=transposed, dims=len(shape))
 
     def _is_transposed(self, a: list[int], b: list[int], shape: list[int]) -> bool:
